@@ -1,0 +1,1 @@
+"""The crossing: knows both the dense model and its sparse student."""

@@ -1,0 +1,125 @@
+"""Student and bridges around the frozen dense model: one forward per training step.
+
+Calling anything but this module's `forward` in the training loop would bypass the gradient
+synchronisation of several processes, silently.
+
+    total = ce * CE + kl * KL(dense || student)
+          + nmse * sum over sites of NMSE(encode(dense), sparse) + NMSE(decode(sparse), dense)
+          + hybrid * (KL(dense || student from encode(dense)) + KL(dense || dense from decode(sparse)))
+
+(Gao et al. 2025, section 2.3.) Each hybrid sum over sites is estimated by one sampled site, times the
+number of sites: the same expectation at a third of the cost. Nothing is detached: the paper writes a plain
+sum, so the student is also pulled towards what its bridges can carry.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from bridges.bridge import BridgeSet
+from bridges.dense import DenseModel
+from bridges.losses import cross_entropy, kl_divergence, log_probs, normalised_mse
+from extractor.config import Config
+from extractor.sites import Recorder, Site
+from extractor.student import Student
+
+
+class LossConfig(Config):
+    """Coefficients of the training loss."""
+
+    ce: float = Field(0.2, ge=0)
+    """Next-token cross-entropy of the student."""
+    kl: float = Field(1.0, ge=0)
+    """KL(dense || student)."""
+    nmse: float = Field(0.1, ge=0)
+    """Normalised squared errors of both bridge directions, averaged over sites."""
+    hybrid: float = Field(0.5, ge=0)
+    """KL of the passes that switch between the models once, averaged over sites."""
+    hybrid_sites: Literal["sampled", "all"] = "sampled"
+    """One site per direction and step, or all of them."""
+
+
+class CoupledLosses(NamedTuple):
+    """Losses of one batch: nats/token, and squared errors as a share of the site's energy."""
+
+    total: Tensor
+    ce: Tensor
+    kl: Tensor
+    nmse: Tensor
+    kl_dense_to_sparse: Tensor
+    kl_sparse_to_dense: Tensor
+
+
+class CoupledModel(nn.Module):
+    """What `accelerator.prepare` wraps. The dense model is held but not registered."""
+
+    def __init__(
+        self, student: Student, bridges: BridgeSet, dense: DenseModel, config: LossConfig
+    ):
+        super().__init__()
+        self.student = student
+        self.bridges = bridges
+        self.config = config
+        self._held = (dense,)  # a tuple hides it from nn.Module: no copies, no gradients, no saves
+
+    @property
+    def dense(self) -> DenseModel:
+        return self._held[0]
+
+    def forward(self, input_ids: Int[Tensor, "batch seq"], *, seed: int, step: int) -> CoupledLosses:
+        """All losses of a batch; (seed, step) choose the hybrid sites, alike on every process."""
+        with torch.no_grad():
+            run = self.dense.run(input_ids)
+            reference = log_probs(run.logits)
+        recorder = Recorder(*map(str, self.bridges.sites))
+        logits = self.student(input_ids, tap=recorder).logits
+        ce = cross_entropy(logits, input_ids)
+        kl = kl_divergence(reference, logits)
+
+        dense_resid = {site: self.bridges.centred(x) for site, x in run.resid.items()}
+        nmse = self._nmse(dense_resid, recorder)
+        encode_sites, decode_sites = self._hybrid_sites(seed, step)
+        to_sparse = torch.stack(
+            [self._dense_to_sparse(reference, site, dense_resid[site]) for site in encode_sites]
+        ).mean()
+        to_dense = torch.stack(
+            [self._sparse_to_dense(reference, site, recorder[str(site)]) for site in decode_sites]
+        ).mean()
+        config = self.config
+        total = config.ce * ce + config.kl * kl + config.nmse * nmse
+        total = total + config.hybrid * (to_sparse + to_dense)
+        return CoupledLosses(total, ce, kl, nmse, to_sparse, to_dense)
+
+    def _nmse(self, dense_resid: dict[Site, Tensor], recorder: Recorder) -> Tensor:
+        energy = self.bridges.dense_energy
+        errors = []
+        for index, site in enumerate(self.bridges.sites):
+            bridge, sparse = self.bridges[site], recorder[str(site)]
+            encoded = bridge.encode(dense_resid[site])
+            # The dense energy in both: an orthogonal turn keeps it, and a student cannot lower its
+            # loss by shrinking. The energies differ by the widths' ratio (mean over channels).
+            ratio = dense_resid[site].shape[-1] / sparse.shape[-1]
+            errors.append(normalised_mse(encoded, sparse, energy[index] * ratio))
+            errors.append(normalised_mse(bridge.decode(sparse), dense_resid[site], energy[index]))
+        return torch.stack(errors).sum() / len(self.bridges.sites)
+
+    def _hybrid_sites(self, seed: int, step: int) -> tuple[list[Site], list[Site]]:
+        all_sites = self.bridges.sites
+        if self.config.hybrid_sites == "all":
+            return list(all_sites), list(all_sites)
+        chosen = np.random.default_rng([seed, step]).integers(len(all_sites), size=2)
+        return [all_sites[chosen[0]]], [all_sites[chosen[1]]]
+
+    def _dense_to_sparse(self, reference: Tensor, site: Site, resid: Tensor) -> Tensor:
+        """KL(dense || student run from the encoded dense stream)."""
+        encoded = self.bridges[site].encode(resid)
+        return kl_divergence(reference, self.student(None, start=site, resid=encoded).logits)
+
+    def _sparse_to_dense(self, reference: Tensor, site: Site, resid: Tensor) -> Tensor:
+        """KL(dense || dense run from the decoded sparse stream)."""
+        decoded = self.bridges[site].decode(resid)
+        return kl_divergence(reference, self.dense.run_from(site, decoded))

@@ -1,0 +1,224 @@
+"""Run folders: files that are whole or invisible, and a manifest that says what they rest on.
+
+A run is a folder: config.yaml manifest.json metrics.jsonl student/ bridges/ circuits/ edits/ report.*
+Every file is written to a temporary name in the same folder and renamed, so a reader never sees half of
+one. `manifest.json` holds, per recipe, the SHA-256 of inputs and outputs, versions, git commit and seed.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from extractor.errors import InputError
+
+SCHEMA_VERSION = 1
+REPORTED_DISTRIBUTIONS = ("sparsebridge", "torch", "transformers", "accelerate", "numpy")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON without NaN or infinity (they are not JSON)."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=True) + "\n")
+
+
+def read_json(path: Path, what: str, made_by: str) -> Any:
+    """Read a JSON artefact of an earlier recipe.
+
+    Raises:
+        InputError: the file is missing, is not JSON, or has another schema version.
+    """
+    if not path.is_file():
+        raise InputError(f"no {what} at '{path}'; {made_by} writes it")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{what} '{path}' is not valid JSON ({error})") from None
+    if isinstance(value, dict) and value.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        raise InputError(
+            f"{what} '{path}' has schema version {value['schema_version']}; "
+            f"this release reads {SCHEMA_VERSION}"
+        )
+    return value
+
+
+def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling folder, then put it in the place of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    write(temporary)
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def fingerprint(folder: Path) -> str:
+    """One hash for the weights in a folder: over the names and hashes of its safetensors files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def update_manifest(
+    run_dir: Path, recipe: str, *, inputs: dict[str, Any], outputs: Iterable[Path], **facts: Any
+) -> None:
+    """Add or replace one recipe's entry in `manifest.json`."""
+    path = run_dir / "manifest.json"
+    manifest = json.loads(path.read_text()) if path.is_file() else {"schema_version": SCHEMA_VERSION}
+    hashes: dict[str, str] = {}
+    for output in outputs:
+        name = output.relative_to(run_dir).as_posix()
+        if output.is_dir():
+            hashes |= {f"{name}/{inner}": sha for inner, sha in folder_hashes(output).items()}
+        else:
+            hashes[name] = file_sha256(output)
+    manifest[recipe] = {
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": environment(),
+        "inputs": inputs,
+        "outputs": hashes,
+        **facts,
+    }
+    write_json(path, manifest)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, code revision and hardware that a result rests on."""
+    versions = {}
+    for name in REPORTED_DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "git": _git_revision(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def _git_revision() -> dict[str, Any]:
+    here = Path(__file__).resolve().parent
+    try:
+        commit, status = (
+            subprocess.run(
+                ["git", *command], cwd=here, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": "unknown", "dirty": True}
+    return {"commit": commit, "dirty": bool(status)}
+
+
+# --- resumable checkpoints: safetensors only -------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    """Weights and optimiser state after `step` steps, as `folder/checkpoint-<step>/`.
+
+    Older checkpoints are removed once the new one is in place. Data order and randomness are pure
+    functions of (seed, step), so nothing else is needed to go on.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    state = {
+        f"{names[id(parameter)]}:{key}": value
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for key, value in optimizer.state[parameter].items()
+    }
+
+    def write(target: Path) -> None:
+        weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+        save_file(_without_aliases(weights), target / "model.safetensors")
+        save_file({k: v.contiguous() for k, v in state.items()}, target / "optimizer.safetensors")
+        write_json(target / "state.json", {"schema_version": SCHEMA_VERSION, "step": step})
+
+    replace_folder(folder / f"checkpoint-{step}", write)
+    for old in _checkpoints(folder):
+        if _step_of(old) != step:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
+    """Restore the newest checkpoint below `folder`; returns its step (0 where there is none)."""
+    checkpoints = sorted(_checkpoints(folder), key=_step_of)
+    if not checkpoints:
+        return 0
+    newest = checkpoints[-1]
+    with safe_open(newest / "model.safetensors", "pt") as file:
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if key in weights:
+                value.copy_(weights[key])
+    parameters = dict(model.named_parameters())
+    with safe_open(newest / "optimizer.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            name, _, field = key.rpartition(":")
+            optimizer.state[parameters[name]][field] = file.get_tensor(key)
+    return _step_of(newest)
+
+
+def _without_aliases(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tied weights once: safetensors refuses shared storage."""
+    seen: set[int] = set()
+    kept = {}
+    for key, value in tensors.items():
+        if value.data_ptr() not in seen:
+            seen.add(value.data_ptr())
+            kept[key] = value
+    return kept
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if (path / "state.json").is_file()]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))

@@ -1,0 +1,176 @@
+"""A circuit: nodes of a student, the nonzero weights between them, and what they were found to do.
+
+An edge is a nonzero weight that joins two kept nodes within a sublayer: act_in to q, k, v; v to
+resid_delta; act_in to post_act; post_act to resid_delta (Gao et al. 2025, section 2). Reads and writes of the
+same residual channel are joined by the stream itself, which has no weight.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from extractor.artifacts import SCHEMA_VERSION, read_json, write_json
+from extractor.errors import InputError
+from extractor.masks import Means
+from extractor.sites import Node, Tap
+from extractor.student import Student
+
+
+class Edge(NamedTuple):
+    """A weight from one node to another."""
+
+    source: Node
+    target: Node
+    weight: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scale and shift of the circuit's logit difference between a pair's two answers.
+
+    The shift favours the clean side's answer over the corrupted side's, on both sides alike, so it
+    cannot answer anything by itself. (A shift of all logits would do nothing at all.)
+    """
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def __call__(self, difference: Float[Tensor, " example"]) -> Float[Tensor, " example"]:
+        """Apply to answer-minus-distractor of a batch: clean examples first, then corrupted."""
+        return self.scale * difference + self.shift * sides(difference)
+
+
+def sides(difference: Float[Tensor, " example"]) -> Float[Tensor, " example"]:
+    """+1 for the clean half of a batch, -1 for the corrupted half, whose answers are swapped."""
+    half = len(difference) // 2
+    return torch.cat([torch.ones(half), -torch.ones(half)]).to(difference)
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """A task's circuit in one student, named by the hash of its weights."""
+
+    task: str
+    nodes: frozenset[Node]
+    edges: tuple[Edge, ...]
+    student_sha256: str
+    settings: dict[str, object]
+    calibration: Calibration = Calibration()
+    evidence: dict[str, object] = field(default_factory=dict)
+
+    def tap(self, means: Means, *, complement: bool = False) -> Tap:
+        """The student as this circuit only; with `complement`, as everything but the circuit.
+
+        Whatever is outside is frozen at its mean.
+        """
+        return keep_nodes(self.nodes, means, complement=complement)
+
+    def save(self, path: Path) -> None:
+        write_json(
+            path,
+            {
+                "schema_version": SCHEMA_VERSION,
+                "task": self.task,
+                "student_sha256": self.student_sha256,
+                "settings": self.settings,
+                "calibration": asdict(self.calibration),
+                "evidence": self.evidence,
+                "nodes": [str(node) for node in sorted(self.nodes, key=lambda n: n.sort_key)],
+                "edges": [[str(e.source), str(e.target), e.weight] for e in self.edges],
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Circuit":
+        """Read a circuit file.
+
+        Raises:
+            InputError: missing, damaged, or of another schema version.
+        """
+        value = read_json(path, "circuit", "recipes/extract.py")
+        try:
+            return cls(
+                task=value["task"],
+                nodes=frozenset(Node.parse(name) for name in value["nodes"]),
+                edges=tuple(
+                    Edge(Node.parse(source), Node.parse(target), weight)
+                    for source, target, weight in value["edges"]
+                ),
+                student_sha256=value["student_sha256"],
+                settings=value["settings"],
+                calibration=Calibration(**value["calibration"]),
+                evidence=value["evidence"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"circuit '{path}' is damaged ({error!r})") from None
+
+
+def keep_nodes(nodes: Collection[Node], means: Means, *, complement: bool = False) -> Tap:
+    """A tap that keeps these nodes (or, with `complement`, all others) and freezes the rest."""
+    by_address = _channels(nodes)
+    gates = {}
+    for address, mean in means.items():
+        gate = torch.full_like(mean, float(complement))
+        gate[by_address[address]] = float(not complement)
+        gates[address] = gate
+
+    def tap(address: str, activation: Tensor) -> Tensor:
+        if address not in gates:
+            return activation
+        mean = means[address]
+        return mean + gates[address] * (activation - mean)
+
+    return tap
+
+
+def edges_between(student: Student, nodes: Collection[Node]) -> tuple[Edge, ...]:
+    """Every nonzero weight that joins two of the nodes, in forward order."""
+    by_address = _channels(nodes)
+    edges = []
+    for source, target, weight in weight_joins(student):
+        rows, columns = by_address[target], by_address[source]
+        block = weight[rows][:, columns]
+        for row, column in block.nonzero().tolist():
+            edges.append(
+                Edge(
+                    Node(source, columns[column]),
+                    Node(target, rows[row]),
+                    block[row, column].item(),
+                )
+            )
+    return tuple(edges)
+
+
+def count_edges(student: Student) -> int:
+    """All nonzero weights that could be edges."""
+    return sum(int(weight.count_nonzero()) for _, _, weight in weight_joins(student))
+
+
+def weight_joins(student: Student) -> list[tuple[str, str, Tensor]]:
+    """(source address, target address, weight (target, source)) of every matrix that holds edges."""
+    joins = []
+    for index, layer in enumerate(student.layers):
+        attn, mlp = layer.attn, layer.mlp
+        for name, linear in (("q", attn.q_proj), ("k", attn.k_proj), ("v", attn.v_proj)):
+            joins.append((f"{index}.attn.act_in", f"{index}.attn.{name}", linear.weight.detach()))
+        pairs = (
+            ("attn.v", "attn.resid_delta", attn.o_proj),
+            ("mlp.act_in", "mlp.post_act", mlp.up_proj),
+            ("mlp.post_act", "mlp.resid_delta", mlp.down_proj),
+        )
+        for source, target, linear in pairs:
+            joins.append((f"{index}.{source}", f"{index}.{target}", linear.weight.detach()))
+    return joins
+
+
+def _channels(nodes: Collection[Node]) -> dict[str, list[int]]:
+    by_address: dict[str, list[int]] = defaultdict(list)
+    for node in sorted(nodes, key=lambda n: n.sort_key):
+        by_address[node.address].append(node.channel)
+    return by_address

@@ -1,0 +1,23 @@
+"""The errors a user can cause, each with the exit code its recipe ends in."""
+
+
+class SparsebridgeError(ValueError):
+    """A mistake in what the user gave: one clear line, no traceback."""
+
+    exit_code = 1
+
+
+class UsageError(SparsebridgeError):
+    """A wrong key, type or value in a config or on the command line."""
+
+    exit_code = 2
+
+
+class InputError(SparsebridgeError):
+    """A checkpoint, text or task that is refused; the message says why."""
+
+    exit_code = 3
+
+
+class UnsupportedModelError(InputError):
+    """A dense checkpoint of a family whose residual stream is not proved readable."""

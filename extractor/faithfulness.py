@@ -1,0 +1,110 @@
+"""Does a circuit hold? Sufficiency, necessity and random controls, on held-out prompts.
+
+With m the mean logit difference (answer minus distractor):
+
+    sufficiency = (m_circuit    - m_floor) / (m_student - m_floor)    all but the circuit frozen
+    necessity   = (m_student - m_complement) / (m_student - m_floor)   only the circuit frozen
+
+m_floor is the student with every node frozen at its mean. Each ratio stands beside its plain accuracies.
+Random circuits have the same number of nodes at every address.
+"""
+
+import random
+from collections import Counter
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from extractor.circuit import Circuit, count_edges, keep_nodes
+from extractor.masks import Means
+from extractor.sites import Node, Tap, no_tap
+from extractor.student import Student
+from extractor.tasks import TaskBatch, accuracy, two_way_loss
+
+NO_GAP = {"undefined": "the task has no gap: student and floor are equally good"}
+
+
+@torch.no_grad()
+def evaluate_circuit(
+    student: Student, circuit: Circuit, held_out: TaskBatch, means: Means, *, num_random: int, seed: int
+) -> dict[str, object]:
+    """Every number the report states about a circuit; losses in nats per two-way choice."""
+
+    def difference(tap: Tap) -> Tensor:
+        return held_out.logit_difference(student(held_out.ids, tap=tap).logits)
+
+    whole = difference(no_tap)
+    alone = difference(circuit.tap(means))
+    without = difference(circuit.tap(means, complement=True))
+    floor = difference(keep_nodes((), means))
+    gap = (whole.mean() - floor.mean()).item()
+    defined = abs(gap) > 1e-3
+    return {
+        "nodes": len(circuit.nodes),
+        "edges": len(circuit.edges),
+        "nodes_total": sum(len(mean) for mean in means.values()),
+        "edges_total": count_edges(student),
+        "loss": two_way_loss(circuit.calibration(alone)).item(),
+        "loss_uncalibrated": two_way_loss(alone).item(),
+        "accuracy": accuracy(circuit.calibration(alone)),
+        "accuracy_interval": bootstrap_interval((circuit.calibration(alone) > 0).float(), seed),
+        "agreement": ((circuit.calibration(alone) > 0) == (whole > 0)).float().mean().item(),
+        "sufficiency": ((alone.mean() - floor.mean()) / gap).item() if defined else NO_GAP,
+        "necessity": ((whole.mean() - without.mean()) / gap).item() if defined else NO_GAP,
+        "accuracy_without": accuracy(without),
+        "loss_without": two_way_loss(without).item(),
+        "student_accuracy": accuracy(whole),
+        "student_loss": two_way_loss(whole).item(),
+        "floor_accuracy": accuracy(floor),
+        "num_prompts": len(held_out),
+        "random_circuits": _random_controls(
+            student, circuit, held_out, means, num_random=num_random, seed=seed
+        ),
+    }
+
+
+def _random_controls(
+    student: Student, circuit: Circuit, held_out: TaskBatch, means: Means, *, num_random: int, seed: int
+) -> dict[str, object]:
+    """The same measurements on random circuits of the same size at every address."""
+    rng = random.Random(seed)
+    alone, without, losses = [], [], []
+    for _ in range(num_random):
+        nodes = random_nodes(circuit.nodes, means, rng)
+        for complement, into in ((False, alone), (True, without)):
+            tap = keep_nodes(nodes, means, complement=complement)
+            difference = held_out.logit_difference(student(held_out.ids, tap=tap).logits)
+            into.append(accuracy(difference))
+            if not complement:
+                losses.append(two_way_loss(difference).item())
+    if not alone:
+        return {"count": 0}
+    return {
+        "count": num_random,
+        "accuracy_mean": sum(alone) / num_random,
+        "accuracy_max": max(alone),
+        "loss_min": min(losses),
+        "accuracy_without_mean": sum(without) / num_random,
+    }
+
+
+def random_nodes(like: frozenset[Node], means: Means, rng: random.Random) -> list[Node]:
+    """As many random nodes at every address as `like` has there."""
+    counts = Counter(node.address for node in like)
+    return [
+        Node(address, channel)
+        for address, count in sorted(counts.items())
+        for channel in rng.sample(range(len(means[address])), count)
+    ]
+
+
+def bootstrap_interval(
+    values: Float[Tensor, " example"], seed: int, num_resamples: int = 2000
+) -> list[float]:
+    """95 % percentile bootstrap interval of a mean; examples i and i + n are resampled as a pair."""
+    pairs = values.reshape(2, -1).mean(0).cpu().numpy()
+    rng = np.random.default_rng(seed)
+    means = pairs[rng.integers(len(pairs), size=(num_resamples, len(pairs)))].mean(1)
+    return [float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))]

@@ -1,0 +1,40 @@
+"""What this machine does well: its cores, and bf16 autocast only where the hardware has it."""
+
+import os
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def mixed_precision(precision: Precision) -> Literal["no", "bf16"]:
+    """Accelerate's `mixed_precision` for a wish; `auto` is bf16 only where it is fast.
+
+    On CPUs without AVX512-BF16 or AMX torch's bf16 matmul is 44 to 500 times slower than fp32
+    (pytorch#146508), so `auto` asks the CPU first.
+    """
+    if precision == "auto":
+        return "bf16" if has_fast_bf16() else "no"
+    return "bf16" if precision == "bf16" else "no"
+
+
+def use_all_cores() -> None:
+    """Share the cores out over the local processes.
+
+    `accelerate launch` on a CPU sets OMP_NUM_THREADS=1 unless told otherwise, which would leave all
+    cores but one idle.
+    """
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
+
+
+def has_fast_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 autocast where the hardware is fast at it; does nothing elsewhere."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bf16())
