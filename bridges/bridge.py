@@ -28,15 +28,11 @@ class Bridge(nn.Module):
         self.decoder = nn.Linear(d_sparse, d_dense)
         self.encoder_frac = encoder_frac
 
-    def encode(
-        self, resid: Float[Tensor, "*batch d_dense"]
-    ) -> Float[Tensor, "*batch d_sparse"]:
+    def encode(self, resid: Float[Tensor, "*batch d_dense"]) -> Float[Tensor, "*batch d_sparse"]:
         """Centred dense stream -> sparse stream."""
         return abs_topk(self.encoder(resid), self.encoder_frac)
 
-    def decode(
-        self, resid: Float[Tensor, "*batch d_sparse"]
-    ) -> Float[Tensor, "*batch d_dense"]:
+    def decode(self, resid: Float[Tensor, "*batch d_sparse"]) -> Float[Tensor, "*batch d_dense"]:
         """Sparse stream -> centred dense stream."""
         return self.decoder(resid)
 

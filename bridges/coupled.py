@@ -57,9 +57,7 @@ class CoupledLosses(NamedTuple):
 class CoupledModel(nn.Module):
     """What `accelerator.prepare` wraps. The dense model is held but not registered."""
 
-    def __init__(
-        self, student: Student, bridges: BridgeSet, dense: DenseModel, config: LossConfig
-    ):
+    def __init__(self, student: Student, bridges: BridgeSet, dense: DenseModel, config: LossConfig):
         super().__init__()
         self.student = student
         self.bridges = bridges
@@ -84,7 +82,7 @@ class CoupledModel(nn.Module):
         nmse = self._nmse(dense_resid, recorder)
         encode_sites, decode_sites = self._hybrid_sites(seed, step)
         to_sparse = torch.stack(
-            [self._dense_to_sparse(reference, site, dense_resid[site]) for site in encode_sites]
+            [self._dense_to_sparse(input_ids, reference, site, dense_resid[site]) for site in encode_sites]
         ).mean()
         to_dense = torch.stack(
             [self._sparse_to_dense(reference, site, recorder[str(site)]) for site in decode_sites]
@@ -114,10 +112,10 @@ class CoupledModel(nn.Module):
         chosen = np.random.default_rng([seed, step]).integers(len(all_sites), size=2)
         return [all_sites[chosen[0]]], [all_sites[chosen[1]]]
 
-    def _dense_to_sparse(self, reference: Tensor, site: Site, resid: Tensor) -> Tensor:
+    def _dense_to_sparse(self, ids: Tensor, reference: Tensor, site: Site, resid: Tensor) -> Tensor:
         """KL(dense || student run from the encoded dense stream)."""
         encoded = self.bridges[site].encode(resid)
-        return kl_divergence(reference, self.student(None, start=site, resid=encoded).logits)
+        return kl_divergence(reference, self.student(ids, start=site, resid=encoded).logits)
 
     def _sparse_to_dense(self, reference: Tensor, site: Site, resid: Tensor) -> Tensor:
         """KL(dense || dense run from the decoded sparse stream)."""

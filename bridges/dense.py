@@ -85,9 +85,7 @@ class DenseModel:
         self.check()
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, *, device: torch.device | str = "cpu"
-    ) -> "DenseModel":
+    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> "DenseModel":
         """Load a checkpoint folder in fp32 with its tokenizer.
 
         Raises:
@@ -133,9 +131,17 @@ class DenseModel:
         return DenseRun(logits, resid)
 
     def run_from(
-        self, site: Site, resid: Float[Tensor, "batch seq d_dense"]
+        self,
+        site: Site,
+        resid: Float[Tensor, "batch seq d_dense"],
+        *,
+        removed: Float[Tensor, "batch seq d_dense"] | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
-        """Logits when the residual stream at `site` is `resid`; earlier sublayers do not run."""
+        """Logits when the residual stream at `site` is `resid`; earlier sublayers do not run.
+
+        `removed` is subtracted before the final norm: for a delta that is part of `resid`, what it
+        writes into the logits directly goes, what later sublayers make of it stays.
+        """
         block = self.blocks[site.layer]
         with ExitStack() as stack:
             for earlier in self.blocks[: site.layer]:
@@ -144,6 +150,9 @@ class DenseModel:
             if site.stream == "resid_mid":
                 attention = getattr(block, self.family.attention)
                 stack.enter_context(_forward_replaced(attention, _write_nothing))
+            if removed is not None:
+                hook = self.final_norm.register_forward_pre_hook(_add_to_input(-removed))
+                stack.enter_context(_hooked(hook))
             return self.model(inputs_embeds=resid, use_cache=False).logits
 
     @contextmanager
@@ -156,8 +165,7 @@ class DenseModel:
     ) -> Iterator[PreTrainedModel]:
         """The model with `delta` added to its residual stream at `site`.
 
-        With `indirect` the same delta is subtracted before the final norm: what the edit writes
-        into the logits directly is removed, what later sublayers make of it stays.
+        With `indirect` the same delta is subtracted before the final norm (see `run_from`).
         """
         block = self.blocks[site.layer]
         with ExitStack() as stack:
@@ -199,7 +207,7 @@ class DenseModel:
         mid = site.stream == "resid_mid"
         module = getattr(block, self.family.mlp_norm) if mid else block
 
-        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def keep(module: nn.Module, args: tuple) -> None:
             into[site] = args[0]
 
         with _hooked(module.register_forward_pre_hook(keep)):
@@ -217,9 +225,7 @@ def _family(model_type: str) -> Family:
 def _check_folder(folder: Path) -> None:
     """Refuse what can be refused from the files alone, before any weight is read."""
     if not (folder / "config.json").is_file():
-        raise InputError(
-            f"dense checkpoint: no config.json in '{folder}'; give a Hugging Face model folder"
-        )
+        raise InputError(f"dense checkpoint: no config.json in '{folder}'; give a Hugging Face model folder")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -38,8 +38,7 @@ _ROW_OF_KIND = (0, 1, 1, 1, 2, 3, 4, 5)
 _ADDRESS = re.compile(rf"(\d{{1,6}})\.({'|'.join(map(re.escape, KINDS))}):(\d{{1,9}})", re.ASCII)
 # Printable to Unicode, yet nothing is seen: fillers, joiners, selectors, the braille blank.
 _BLANK = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0"
-    "\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
 _LABEL_WIDTH, _ROW_HEIGHT, _SLOT, _MIN_WIDTH, _NAME_SLOT = 116, 56, 16, 420, 30
 _SWEEPS = 8
@@ -53,9 +52,7 @@ def visible(value: object) -> str:
     text = str(value)
     if text.isascii() and text.isprintable():
         return text
-    return "".join(
-        c if c.isprintable() and not _BLANK.match(c) else f"[U+{ord(c):04X}]" for c in text
-    )
+    return "".join(c if c.isprintable() and not _BLANK.match(c) else f"[U+{ord(c):04X}]" for c in text)
 
 
 def reason(value: object) -> str | None:
@@ -164,9 +161,7 @@ def circuit_svg(circuit: dict[str, Any], max_nodes: int = 120, max_edges: int = 
     ).format(caption, width, height, width, height, marks, caption)
 
 
-def node_rows(
-    circuit: dict[str, Any], max_rows: int = 400
-) -> list[tuple[str, list[tuple[str, str, str]]]]:
+def node_rows(circuit: dict[str, Any], max_rows: int = 400) -> list[tuple[str, list[tuple[str, str, str]]]]:
     """The table twin of a picture: per row, (node, strongest weight in, strongest weight out)."""
     nodes, edges = _read_graph(circuit)
     into: dict[Node, list[tuple[Node, float]]] = defaultdict(list)
@@ -212,9 +207,7 @@ def residual_links(nodes: Iterable[Node]) -> list[Link]:
 def _read_node(address: object) -> Node:
     match = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
     if match is None:
-        raise InputError(
-            f"report: '{visible(address)}' is no node address; expected e.g. '0.attn.act_in:12'"
-        )
+        raise InputError(f"report: '{visible(address)}' is no node address; expected e.g. '0.attn.act_in:12'")
     return Node(int(match[1]), KINDS.index(match[2]), int(match[3]))
 
 
@@ -248,9 +241,7 @@ def _strongest(
     return sorted(chosen) + rest[: max_nodes - len(chosen)], kept
 
 
-def _ordered_rows(
-    nodes: Iterable[Node], links: Iterable[Link]
-) -> dict[tuple[int, int], list[Node]]:
+def _ordered_rows(nodes: Iterable[Node], links: Iterable[Link]) -> dict[tuple[int, int], list[Node]]:
     """Rows from the first to the last, each in the order the barycentre sweeps end with."""
     rows: dict[tuple[int, int], list[Node]] = defaultdict(list)
     for node in sorted(nodes):
@@ -281,9 +272,7 @@ def _num_slots(row: Sequence[Node]) -> int:
     return len(row) + len({node.kind_index for node in row}) - 1
 
 
-def _places(
-    rows: dict[tuple[int, int], list[Node]], width: float
-) -> dict[Node, tuple[float, float]]:
+def _places(rows: dict[tuple[int, int], list[Node]], width: float) -> dict[Node, tuple[float, float]]:
     places: dict[Node, tuple[float, float]] = {}
     for i, row in enumerate(rows.values()):
         y = _ROW_HEIGHT * (len(rows) - i - 0.5)
@@ -302,15 +291,12 @@ def _line(link: Link, places: dict[Node, tuple[float, float]]) -> str:
 def _link_marks(links: Iterable[Link], places: dict[Node, tuple[float, float]]) -> list[Markup]:
     shape = Markup('<path class="er" d="{}"><title>residual channel {}: {} to {}</title></path>')
     return [
-        shape.format(_line(link, places), link[0].channel, link[0].address, link[1].address)
-        for link in links
+        shape.format(_line(link, places), link[0].channel, link[0].address, link[1].address) for link in links
     ]
 
 
 def _edge_marks(edges: Sequence[Edge], places: dict[Node, tuple[float, float]]) -> list[Markup]:
-    shape = Markup(
-        '<path class="{}" d="{}" stroke-width="{}"><title>{} to {}: weight {}</title></path>'
-    )
+    shape = Markup('<path class="{}" d="{}" stroke-width="{}"><title>{} to {}: weight {}</title></path>')
     peak = max((abs(weight) for *_, weight in edges), default=0.0) or 1.0
     marks: list[Markup] = []
     for source, target, weight in reversed(edges):  # strongest last, so that it lies on top

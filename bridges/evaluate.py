@@ -52,7 +52,7 @@ def evaluate_bridges(
             row["dense_energy"] += mean_square(dense_resid).item()
             row["encode_error"] += mean_square(encoded - sparse_resid).item()
             row["decode_error"] += mean_square(decoded - dense_resid).item()
-            to_sparse = student(None, start=site, resid=encoded).logits
+            to_sparse = student(ids, start=site, resid=encoded).logits
             to_dense = dense.run_from(site, decoded)
             row["kl_dense_to_sparse"] += len(ids) * kl_divergence(reference, to_sparse).item()
             row["kl_sparse_to_dense"] += len(ids) * kl_divergence(reference, to_dense).item()

@@ -207,8 +207,7 @@ def best_index(edit: Any) -> int | None:
         ranked = [
             (-rate, abs(strength), i)
             for i, x in enumerate(strengths)
-            if (strength := finite(x)) is not None
-            and (rate := finite(at(edit, key, i))) is not None
+            if (strength := finite(x)) is not None and (rate := finite(at(edit, key, i))) is not None
         ]
         if ranked:
             return min(ranked)[2]
@@ -287,9 +286,7 @@ def _height_of(share: float) -> float:
     return round(_TOP + _HEIGHT * (1 - min(1.0, max(0.0, share))), 1)
 
 
-def _curve_line(
-    edit: Any, series: int, strengths: Sequence[Any], xs: Sequence[float | None]
-) -> Line:
+def _curve_line(edit: Any, series: int, strengths: Sequence[Any], xs: Sequence[float | None]) -> Line:
     """A line that breaks where a value is undefined."""
     key, name = SERIES[series]
     runs: list[list[str]] = [[]]

@@ -103,7 +103,8 @@ def _copy_gpt2_(student: Student, dense: DenseModel) -> None:
     def read(linear: nn.Linear, weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm) -> None:
         weight, gain, shift = weight.double(), norm.weight.double(), norm.bias.double()
         folded = weight @ shift if bias is None else weight @ shift + bias.double()
-        _fill_(linear.weight, weight * gain * shrink)
+        # Centred too: the stream has no mean, so a read along it would only be weight to prune.
+        _fill_(linear.weight, _centre(weight * gain, dim=1) * shrink)
         _fill_(linear.bias, folded)
 
     def write(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:

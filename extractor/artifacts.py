@@ -145,7 +145,10 @@ def _git_revision() -> dict[str, Any]:
             subprocess.run(
                 ["git", *command], cwd=here, capture_output=True, text=True, check=True, timeout=10
             ).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for command in (
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no"],
+            )
         )
     except (OSError, subprocess.SubprocessError):
         return {"commit": "unknown", "dirty": True}
@@ -183,9 +186,7 @@ def save_checkpoint(
             shutil.rmtree(old)
 
 
-def load_checkpoint(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> int:
+def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restore the newest checkpoint below `folder`; returns its step (0 where there is none)."""
     checkpoints = sorted(_checkpoints(folder), key=_step_of)
     if not checkpoints:

@@ -6,7 +6,6 @@ and exits; `--help` lists every key with its meaning and default.
 """
 
 import difflib
-import os
 import sys
 import types
 import typing
@@ -140,16 +139,12 @@ def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def _refuse_unknown_keys(
-    config_type: type[Config], values: dict[str, Any], prefix: str, origin: str
-) -> None:
+def _refuse_unknown_keys(config_type: type[Config], values: dict[str, Any], prefix: str, origin: str) -> None:
     known = config_type.model_fields
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise UsageError(
-                f"unknown key '{prefix}{key}' ({origin}); did you mean '{prefix}{near}'?"
-            )
+            raise UsageError(f"unknown key '{prefix}{key}' ({origin}); did you mean '{prefix}{near}'?")
         nested = _as_config(known[key].annotation)
         if nested is not None and isinstance(value, dict):
             _refuse_unknown_keys(nested, value, f"{prefix}{key}.", origin)
@@ -164,8 +159,3 @@ def _as_config(annotation: Any) -> type[Config] | None:
         if isinstance(candidate, type) and issubclass(candidate, Config):
             return candidate
     return None
-
-
-def world_size() -> int:
-    """Processes the launcher started (1 outside a launcher)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -131,8 +131,7 @@ def find_documents(config: DataConfig) -> list[Document]:
 def _python_documents() -> list[Document]:
     stdlib = Path(sysconfig.get_path("stdlib"))
     documents = [
-        Document(f"stdlib/{path.relative_to(stdlib).as_posix()}", path)
-        for path in stdlib.rglob("*.py")
+        Document(f"stdlib/{path.relative_to(stdlib).as_posix()}", path) for path in stdlib.rglob("*.py")
     ]
     for distribution in PYTHON_DISTRIBUTIONS:
         try:
@@ -215,8 +214,6 @@ def load_blocks(
     tokens = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
     num_blocks = min(count, max_tokens) // config.context_length
     if num_blocks == 0:
-        raise InputError(
-            f"data: {count} {split} tokens are fewer than one block of {config.context_length}"
-        )
+        raise InputError(f"data: {count} {split} tokens are fewer than one block of {config.context_length}")
     blocks = tokens[: num_blocks * config.context_length].reshape(num_blocks, -1)
     return TokenBlocks(blocks, text_hash.hexdigest())

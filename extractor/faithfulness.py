@@ -28,7 +28,13 @@ NO_GAP = {"undefined": "the task has no gap: student and floor are equally good"
 
 @torch.no_grad()
 def evaluate_circuit(
-    student: Student, circuit: Circuit, held_out: TaskBatch, means: Means, *, num_random: int, seed: int
+    student: Student,
+    circuit: Circuit,
+    held_out: TaskBatch,
+    means: Means,
+    *,
+    num_random: int,
+    seed: int,
 ) -> dict[str, object]:
     """Every number the report states about a circuit; losses in nats per two-way choice."""
 
@@ -66,7 +72,13 @@ def evaluate_circuit(
 
 
 def _random_controls(
-    student: Student, circuit: Circuit, held_out: TaskBatch, means: Means, *, num_random: int, seed: int
+    student: Student,
+    circuit: Circuit,
+    held_out: TaskBatch,
+    means: Means,
+    *,
+    num_random: int,
+    seed: int,
 ) -> dict[str, object]:
     """The same measurements on random circuits of the same size at every address."""
     rng = random.Random(seed)

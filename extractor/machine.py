@@ -4,6 +4,9 @@ import os
 from typing import Literal
 
 import torch
+from accelerate import PartialState
+
+from extractor.errors import UsageError
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -38,3 +41,16 @@ def has_fast_bf16() -> bool:
 def autocast(device: torch.device) -> torch.autocast:
     """bf16 autocast where the hardware is fast at it; does nothing elsewhere."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bf16())
+
+
+def start_processes() -> PartialState:
+    """This process's place among those the launcher started (gloo on a CPU).
+
+    Raises:
+        UsageError: fewer processes joined than the launcher was asked for.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != asked:
+        raise UsageError(f"the launcher started {asked} processes, {state.num_processes} joined")
+    return state

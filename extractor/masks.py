@@ -53,8 +53,8 @@ class NodeMask(nn.Module):
         self,
         means: Means,
         *,
-        init: float = 0.1,
-        init_noise: float = 0.01,
+        init: float = 0.5,
+        init_noise: float = 0.3,
         temperature: float = 1.0,
         seed: int = 0,
     ):
@@ -62,9 +62,7 @@ class NodeMask(nn.Module):
         self.means = dict(means)
         self.temperature = temperature
         sizes = [len(mean) for mean in self.means.values()]
-        self.slices = dict(
-            zip(self.means, torch.arange(sum(sizes)).split(sizes), strict=True)
-        )
+        self.slices = dict(zip(self.means, torch.arange(sum(sizes)).split(sizes), strict=True))
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(sum(sizes), generator=generator)
         device = next(iter(self.means.values())).device
@@ -75,9 +73,7 @@ class NodeMask(nn.Module):
 
     def tap(self, gates: Float[Tensor, " node"]) -> Tap:
         """The student with these gates: kept nodes as they are, the others at their mean."""
-        by_address = {
-            address: gates[index[0] : index[-1] + 1] for address, index in self.slices.items()
-        }
+        by_address = {address: gates[index[0] : index[-1] + 1] for address, index in self.slices.items()}
 
         def tap(address: str, activation: Tensor) -> Tensor:
             if address not in by_address:

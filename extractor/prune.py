@@ -40,6 +40,11 @@ class PruneConfig(Config):
     learning_rate: float = Field(0.02, gt=0)
     size_coef: float = Field(1.0, ge=0)
     """Weight of the share of nodes kept in the mask's loss."""
+    init: float = Field(0.5, gt=0, le=1)
+    """Mean of tau at the start."""
+    init_noise: float = Field(0.3, ge=0)
+    """Spread of tau at the start. Wide, so that nodes are tried one after the other: with tau alike,
+    all gates close in the same step, and a path through closed gates has no gradient to open them."""
     temperature: float = Field(1.0, gt=0)
     """Of the sigmoid whose slope stands in for the step's."""
     train_pairs: int = Field(192, ge=8)
@@ -76,12 +81,12 @@ def extract_circuit(
     )
 
 
-def learn_mask(
-    student: Student, train: TaskBatch, means: Means, config: PruneConfig, seed: int
-) -> NodeMask:
+def learn_mask(student: Student, train: TaskBatch, means: Means, config: PruneConfig, seed: int) -> NodeMask:
     """Optimise tau on training pairs; student weights get no gradient."""
     student.requires_grad_(False)
-    mask = NodeMask(means, temperature=config.temperature, seed=seed)
+    mask = NodeMask(
+        means, init=config.init, init_noise=config.init_noise, temperature=config.temperature, seed=seed
+    )
     optimizer = torch.optim.AdamW(
         mask.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )

@@ -56,9 +56,7 @@ def rotate_(
         total = total @ turn
         for blocks, apply in ((_qk_blocks, turn_qk_), (_vo_blocks, turn_vo_)):
             rows = blocks(student)
-            turns = minimise_l1(
-                rows, config.head_steps, config, generator, "rotate heads", show_progress
-            )
+            turns = minimise_l1(rows, config.head_steps, config, generator, "rotate heads", show_progress)
             apply(student, turns)
     return total.float()
 
@@ -86,9 +84,7 @@ def minimise_l1(
         skew = skew - skew.mT
         first = 0.9 * first + 0.1 * skew
         second = 0.99 * second + 0.01 * skew.square()
-        adam = (first / (1 - 0.9 ** (step + 1))) / (
-            (second / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8
-        )
+        adam = (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
         half = adam * (0.5 * config.learning_rate * (1 - step / steps) / width**0.5)
         q = q @ torch.linalg.solve(eye + half, eye - half)
     u, _, vh = torch.linalg.svd(q.double())

@@ -8,18 +8,24 @@ changes nothing and leaves the residual basis free. Every activation that is a n
 `tap`; recording, masks, ablations and patches are taps, so there is no second forward anywhere.
 """
 
+from pathlib import Path
+from typing import no_type_check
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoTokenizer,
     DynamicCache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -27,10 +33,12 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from extractor.errors import InputError
 from extractor.sites import Site, Tap, no_tap, sites
 from extractor.sparsity import abs_topk
 
 
+@no_type_check  # jaxtyping would check __init__ against the fields; transformers passes more
 class StudentConfig(PreTrainedConfig):
     """Shape and options of a student; field names are transformers' own where one exists."""
 
@@ -72,9 +80,7 @@ class StudentAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, width)
         self.v_proj = nn.Linear(config.hidden_size, width)
         self.o_proj = nn.Linear(width, config.hidden_size)
-        self.sink = (
-            nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sink else None
-        )
+        self.sink = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sink else None
 
     def forward(
         self,
@@ -180,13 +186,9 @@ class Student(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(
-            StudentLayer(config, layer) for layer in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(StudentLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-        self.bigram = (
-            nn.Embedding(config.vocab_size, config.vocab_size) if config.bigram_table else None
-        )
+        self.bigram = nn.Embedding(config.vocab_size, config.vocab_size) if config.bigram_table else None
         self.post_init()
 
     @property
@@ -228,9 +230,8 @@ class Student(PreTrainedModel, GenerationMixin):
             tap: called at every node address, at every site and at `final_resid`.
             start, resid: begin at this site with this residual stream instead of the embeddings.
             logits_to_keep: only the last so many positions (0: all), or these positions.
+            use_cache: off unless asked for (`generate` asks); taps run on whole prompts.
         """
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and start is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if resid is None:
@@ -279,6 +280,22 @@ class Student(PreTrainedModel, GenerationMixin):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, StudentAttention) and module.sink is not None:
             init.zeros_(module.sink)
+
+
+def load_student(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, PreTrainedTokenizerBase]:
+    """A trained student and its tokenizer from a run folder.
+
+    Raises:
+        InputError: no student there, or damaged weights.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"no student in '{folder}'; recipes/train.py writes it")
+    try:
+        student = Student.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"the student in '{folder}' cannot be read ({error})") from None
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return student.to(device).eval(), tokenizer
 
 
 AutoConfig.register(StudentConfig.model_type, StudentConfig)

@@ -6,6 +6,7 @@ example i is example (i + n) mod 2n. The loss is the two-way cross-entropy at th
 (Gao et al. 2025, section 2.2; chance is ln 2).
 """
 
+import difflib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,17 +57,13 @@ class TaskBatch:
         ids = self.ids[examples, : int(last.max()) + 1]
         return TaskBatch(ids, last, self.answer[examples], self.distractor[examples])
 
-    def logit_difference(
-        self, logits: Float[Tensor, "example seq vocab"]
-    ) -> Float[Tensor, " example"]:
+    def logit_difference(self, logits: Float[Tensor, "example seq vocab"]) -> Float[Tensor, " example"]:
         """Answer minus distractor at each prompt's last position."""
         rows = logits[torch.arange(len(self), device=logits.device), self.last].float()
         answer = rows.gather(1, self.answer[:, None])[:, 0]
         return answer - rows.gather(1, self.distractor[:, None])[:, 0]
 
-    def counterfactual(
-        self, activation: Float[Tensor, "example seq d"]
-    ) -> Float[Tensor, "example seq d"]:
+    def counterfactual(self, activation: Float[Tensor, "example seq d"]) -> Float[Tensor, "example seq d"]:
         """Each example's activation on its counterfactual prompt, aligned token by token.
 
         Prompts are aligned by their shared beginning and their shared end; a token that has no
@@ -110,6 +107,15 @@ def task_names() -> tuple[str, ...]:
     return tuple(TASKS)
 
 
+def refuse_unknown_tasks(names: Sequence[str]) -> None:
+    """Raises UsageError for a name that is not a task."""
+    for name in names:
+        if name not in TASKS:
+            near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
+            known = ", ".join(TASKS)
+            raise UsageError(f"unknown task '{name}'; did you mean '{near}'? known: {known}")
+
+
 def make_pairs(
     name: str, tokenizer: PreTrainedTokenizerBase, *, split: Split, count: int, seed: int
 ) -> list[Pair]:
@@ -119,8 +125,7 @@ def make_pairs(
         UsageError: no task of that name.
         InputError: an answer is not one token in this tokenizer, or too few distinct pairs exist.
     """
-    if name not in TASKS:
-        raise UsageError(f"tasks: unknown task '{name}'; known: {', '.join(TASKS)}")
+    refuse_unknown_tasks([name])
     rng = random.Random(f"{name}/{split}/{seed}")
     templates = _part(TASKS[name], split)
     pairs: dict[tuple[str, str], Pair] = {}

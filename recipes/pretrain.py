@@ -108,9 +108,7 @@ def main(config: PretrainConfig) -> None:
         accelerator.print(f"dense checkpoint: {config.output_dir / 'dense'}")
 
 
-def load_or_train_tokenizer(
-    config: PretrainConfig, accelerator: Accelerator
-) -> PreTrainedTokenizerFast:
+def load_or_train_tokenizer(config: PretrainConfig, accelerator: Accelerator) -> PreTrainedTokenizerFast:
     """A byte-level BPE on the training documents; made once, then read from the run folder."""
     folder = config.output_dir / "tokenizer"
     with accelerator.main_process_first():
@@ -226,10 +224,10 @@ sparsebridge. It completes Python and is of no use beyond experiments.
 - Corpus: the Python source that an installation carries: the standard library and the packages this
   project depends on (`transformers/models` left out, files over the size limit left out).
 - Trained on {tokens:,} tokens; {minutes:.0f} minutes in the session that finished it.
-- Loss as saved (bfloat16): **{loss:.4f} nats/token** on {blocks} held-out blocks of {context} tokens; files are
-  held out by the hash of their names, exact duplicates of held-out files are not trained on.
-- Licence: the corpus is under the licences of its packages (PSF-2.0, BSD-3-Clause, Apache-2.0, MIT); these
-  weights are released with sparsebridge under Apache-2.0.
+- Loss as saved (bfloat16): **{loss:.4f} nats/token** on {blocks} held-out blocks of {context} tokens;
+  files are held out by the hash of their names, exact duplicates of held-out files are not trained on.
+- Licence: the corpus is under the licences of its packages (PSF-2.0, BSD-3-Clause, Apache-2.0, MIT);
+  these weights are released with sparsebridge under Apache-2.0.
 
 Settings:
 

@@ -39,7 +39,7 @@ from extractor.artifacts import (
 from extractor.config import Config, dump_config, run_recipe
 from extractor.data import DataConfig, load_blocks
 from extractor.errors import InputError
-from extractor.machine import Precision, mixed_precision, use_all_cores
+from extractor.machine import Precision, mixed_precision, start_processes, use_all_cores
 from extractor.rotation import RotationConfig
 from extractor.sparsity import SparsityConfig, WeightSparsifier, num_kept
 from extractor.student import Student
@@ -48,8 +48,8 @@ from extractor.student import Student
 class TrainConfig(Config):
     dense: Path = Path("recipes/python/dense")
     """The dense checkpoint: a Hugging Face folder."""
-    output_dir: Path = Path("runs/python")
-    """The run folder."""
+    run: Path = Path("runs/python")
+    """The run folder; must be new, or hold a run of the same config, which is then resumed."""
     data: DataConfig = DataConfig()
     student: StudentShape = StudentShape()
     rotation: RotationConfig = RotationConfig()
@@ -77,6 +77,7 @@ class TrainConfig(Config):
 def main(config: TrainConfig) -> None:
     use_all_cores()
     set_seed(config.seed)
+    start_processes()
     accelerator = Accelerator(
         mixed_precision=mixed_precision(config.precision), cpu=not torch.cuda.is_available()
     )
@@ -85,6 +86,9 @@ def main(config: TrainConfig) -> None:
     held_out_tokens = config.eval_blocks * config.data.context_length
     held_out = load_blocks(config.data, dense.tokenizer, "held_out", max_tokens=held_out_tokens)
     claim_run_folder(config, accelerator)
+    if (config.run / "evaluation.json").is_file():
+        accelerator.print(f"'{config.run}' is already trained with this config; nothing to do")
+        return
 
     student, bridges = make_student(
         dense, config.student, config.rotation, show_progress=accelerator.is_main_process
@@ -103,14 +107,14 @@ def main(config: TrainConfig) -> None:
     if accelerator.is_main_process:
         save_results(config, dense, student.eval(), bridges, held_out, initial, train_tokens)
         update_manifest(
-            config.output_dir,
+            config.run,
             "train",
             inputs={
                 "dense": {"folder": str(config.dense), "sha256": dense.sha256},
                 "train_text_sha256": train.digest,
                 "held_out_text_sha256": held_out.digest,
             },
-            outputs=[config.output_dir / name for name in ("student", "bridges", "evaluation.json")],
+            outputs=[config.run / name for name in ("student", "bridges", "evaluation.json")],
             seed=config.seed,
         )
     accelerator.wait_for_everyone()
@@ -118,12 +122,12 @@ def main(config: TrainConfig) -> None:
 
 def claim_run_folder(config: TrainConfig, accelerator: Accelerator) -> None:
     """Write config.yaml, or refuse a folder that belongs to another config."""
-    path = config.output_dir / "config.yaml"
+    path = config.run / "config.yaml"
     text = dump_config(config)
     if path.is_file() and path.read_text() != text:
         raise InputError(
-            f"output_dir '{config.output_dir}' holds a run with another config; "
-            "give another --output_dir, or remove the folder"
+            f"run folder '{config.run}' holds a run with another config; "
+            "give another --run, or remove the folder"
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -159,8 +163,8 @@ def train_student(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    first_step = load_checkpoint(config.output_dir / "checkpoints", coupled, optimizer)
-    metrics = MetricsFile(config.output_dir / "metrics.jsonl", first_step, accelerator)
+    first_step = load_checkpoint(config.run / "checkpoints", coupled, optimizer)
+    metrics = MetricsFile(config.run / "metrics.jsonl", first_step, accelerator)
     model, optimizer = accelerator.prepare(coupled, optimizer)
     bar = tqdm(
         range(first_step, num_steps),
@@ -200,7 +204,7 @@ def train_student(
                 refresh=False,
             )
         if (step + 1) % config.save_steps == 0 and accelerator.is_main_process:
-            save_checkpoint(config.output_dir / "checkpoints", coupled, optimizer.optimizer, step + 1)
+            save_checkpoint(config.run / "checkpoints", coupled, optimizer.optimizer, step + 1)
     return num_steps * tokens_per_step
 
 
@@ -270,9 +274,7 @@ def save_results(
             "train_tokens": train_tokens,
             "matrices": matrices,
         },
-        "bridges": evaluate_bridges(
-            dense, student, bridges, held_out.first(config.bridge_eval_blocks)
-        ),
+        "bridges": evaluate_bridges(dense, student, bridges, held_out.first(config.bridge_eval_blocks)),
         "held_out_tokens": held_out.num_tokens,
     }
 
@@ -280,10 +282,10 @@ def save_results(
         student.save_pretrained(folder)
         dense.tokenizer.save_pretrained(folder)
 
-    replace_folder(config.output_dir / "student", write)
-    bridges.save_pretrained(config.output_dir / "bridges", dense_sha256=dense.sha256)
-    write_json(config.output_dir / "evaluation.json", evaluation)
-    shutil.rmtree(config.output_dir / "checkpoints", ignore_errors=True)
+    replace_folder(config.run / "student", write)
+    bridges.save_pretrained(config.run / "bridges", dense_sha256=dense.sha256)
+    write_json(config.run / "evaluation.json", evaluation)
+    shutil.rmtree(config.run / "checkpoints", ignore_errors=True)
 
 
 if __name__ == "__main__":

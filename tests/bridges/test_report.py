@@ -419,8 +419,7 @@ def test_summary_says_what_the_record_says():
     assert rows["student, KL to dense"] == "0.1534 nats/token"
     assert rows["student, nonzeros"] == "131,072 of 1,048,576 weights"
     assert rows["circuit, quotes"] == (
-        "12 of 4,096 nodes, 8 of 123,456 edges; loss 0.1432 nats; accuracy 95.6 %; "
-        "without it 51.2 %"
+        "12 of 4,096 nodes, 8 of 123,456 edges; loss 0.1432 nats; accuracy 95.6 %; without it 51.2 %"
     )
     assert rows["edit, quotes"] == (
         "1.resid_pre, 2 nodes; best strength 1.5: flips 87.1 % total, 74.2 % indirect; "

@@ -1,0 +1,183 @@
+"""Coupled training losses and edits: oracles with an exact bridge."""
+
+import pytest
+import torch
+
+from bridges.bridge import BridgeSet
+from bridges.coupled import CoupledModel, LossConfig
+from bridges.dense import DenseModel
+from bridges.edit import Edit, EditConfig, PromptStreams, choose_edit, measure_edit
+from bridges.evaluate import measure_energies_
+from bridges.losses import kl_divergence, log_probs, normalised_mse
+from bridges.warm_start import StudentShape, make_student
+from extractor.circuit import Circuit
+from extractor.errors import InputError
+from extractor.rotation import RotationConfig
+from extractor.sites import Node, Recorder, Site
+from extractor.tasks import TaskBatch
+
+ROTATIONS = {
+    "identity": RotationConfig(enabled=False),
+    "turned": RotationConfig(stream_steps=30, head_steps=10),
+}
+CONFIG = EditConfig(sizes=(1, 2, 4), strengths=(0.0, 1.0, 2.0), control_draws=2)
+
+
+@pytest.fixture(params=ROTATIONS.values(), ids=ROTATIONS.keys())
+def pair(request: pytest.FixtureRequest, dense: DenseModel, tokens: torch.Tensor):
+    student, bridges = make_student(dense, StudentShape(hidden_size=40), request.param)
+    measure_energies_(dense, student, bridges, tokens)
+    return student, bridges
+
+
+@pytest.fixture
+def prompts() -> TaskBatch:
+    """Six pairs that differ in the second token; the answers are two arbitrary tokens."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(1, 97, (6, 8), generator=generator).repeat(2, 1)
+    ids[:6, 1], ids[6:, 1] = 11, 12
+    answer = torch.cat([torch.full((6,), 21), torch.full((6,), 22)])
+    return TaskBatch(ids, torch.full((12,), 7), answer, answer.roll(6))
+
+
+def test_an_edit_is_the_intervention_seen_through_an_exact_bridge(dense, pair, prompts) -> None:
+    """The dense model with the edit answers as the student with the same change of its stream.
+
+    A change of some channels also has a part that the dense stream cannot hold (its mean, and the
+    student's extra width); the student gets what is left of it after crossing and coming back.
+    """
+    student, bridges = pair
+    streams = PromptStreams(dense, student, bridges, prompts)
+    recorder = Recorder()
+    student(prompts.ids, tap=recorder)
+    for site in dense.sites:
+        nodes = [Node(site.read_address, channel) for channel in (0, 5, 17)]
+        edit = Edit.from_nodes(nodes, site, bridges)
+        delta = streams.delta(edit)
+        presented = recorder[site.read_address]
+        change = prompts.counterfactual(presented) - presented
+        only = torch.zeros_like(change)
+        only[..., [0, 5, 17]] = change[..., [0, 5, 17]]
+        stream, bridge = recorder[str(site)], bridges[site]
+        only = only * stream.square().mean(-1, keepdim=True).sqrt()
+        moved = stream + bridge.encode(bridges.centred(bridge.decode(only)))
+        expected = prompts.logit_difference(student(prompts.ids, start=site, resid=moved).logits)
+        measured = streams.difference(site, delta, indirect=False)
+        torch.testing.assert_close(measured, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_moving_every_channel_is_moving_the_normed_stream(dense, pair, prompts) -> None:
+    """After the norm of the site, all channels at strength 1 read as the counterfactual prompt does."""
+    student, bridges = pair
+    streams = PromptStreams(dense, student, bridges, prompts)
+    site = Site(1, "resid_pre")
+    nodes = [Node(site.read_address, channel) for channel in range(40)]
+    delta = streams.delta(Edit.from_nodes(nodes, site, bridges))
+    resid = bridges.centred(streams.resid[site])
+    scale = resid.square().mean(-1, keepdim=True).sqrt()
+    normed_after = (resid + delta) / scale
+    other = prompts.counterfactual(resid / scale)
+    torch.testing.assert_close(normed_after, other, atol=1e-3, rtol=1e-3)
+
+
+def test_strength_zero_flips_nothing_and_lists_match(dense, pair, prompts) -> None:
+    student, bridges = pair
+    streams = PromptStreams(dense, student, bridges, prompts)
+    edit = Edit.from_nodes([Node("0.attn.act_in", 3)], Site(0, "resid_pre"), bridges)
+    found = measure_edit(streams, edit, bridges, CONFIG, seed=0)
+    for key in ("flip_rate", "flip_rate_indirect", "control_random_node", "control_random_direction"):
+        assert len(found[key]) == 3
+        assert found[key][0] == 0
+    assert found["size"] == 1
+    assert found["num_prompts"] == 12
+
+
+def test_chosen_nodes_are_the_circuits_and_all_of_them_flip(dense, pair, prompts) -> None:
+    student, bridges = pair
+    streams = PromptStreams(dense, student, bridges, prompts)
+    nodes = frozenset(Node("0.attn.act_in", channel) for channel in range(40))
+    circuit = Circuit("t", nodes, (), "sha", {})
+    edit = choose_edit(streams, circuit, bridges, EditConfig(sizes=(40,)))
+    assert set(edit.nodes) == nodes
+    # before the first attention, moving all channels is presenting the other prompt's tokens
+    assert choose_edit(streams, Circuit("t", frozenset(), (), "sha", {}), bridges, CONFIG) is None
+
+
+def test_nodes_of_another_site_are_refused(pair) -> None:
+    _, bridges = pair
+    with pytest.raises(InputError, match="is not read at 1.resid_mid"):
+        Edit.from_nodes([Node("0.attn.act_in", 3)], Site(1, "resid_mid"), bridges)
+
+
+def test_edit_round_trips_and_refuses_another_base(dense, pair, tmp_path) -> None:
+    _, bridges = pair
+    edit = Edit.from_nodes([Node("1.mlp.act_in", 3), Node("1.mlp.act_in", 9)], Site(1, "resid_mid"), bridges)
+    edit.save(tmp_path / "e", {"dense_sha256": dense.sha256})
+    loaded = Edit.load(tmp_path / "e", dense)
+    assert (loaded.site, loaded.nodes) == (edit.site, edit.nodes)
+    assert torch.equal(loaded.directions, edit.directions)
+    dense.sha256 = "another"
+    with pytest.raises(InputError, match="another"):
+        Edit.load(tmp_path / "e", dense)
+
+
+# --- losses of the coupled model ---------------------------------------------------------------------------
+
+
+def test_all_losses_of_an_exact_copy_vanish(dense, pair, tokens) -> None:
+    coupled = CoupledModel(*pair, dense, LossConfig())
+    losses = coupled(tokens, seed=0, step=0)
+    for name in ("kl", "nmse", "kl_dense_to_sparse", "kl_sparse_to_dense"):
+        assert abs(getattr(losses, name).item()) < 1e-5, name
+    expected = torch.nn.functional.cross_entropy(
+        dense.model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    )
+    assert losses.ce.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_sampled_hybrid_terms_average_to_all_of_them(dense, pair, tokens) -> None:
+    student, bridges = pair
+    with torch.no_grad():
+        for parameter in (*student.parameters(), *bridges.parameters()):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    every = CoupledModel(student, bridges, dense, LossConfig(hybrid_sites="all"))(tokens, seed=0, step=0)
+    sampled = CoupledModel(student, bridges, dense, LossConfig())
+    draws = [sampled(tokens, seed=0, step=step) for step in range(200)]
+    for name in ("kl_dense_to_sparse", "kl_sparse_to_dense"):
+        values = torch.stack([getattr(draw, name) for draw in draws])
+        error = 4 * values.std() / len(draws) ** 0.5
+        assert abs(values.mean() - getattr(every, name)) <= error
+        assert values.std() > 0
+
+
+def test_dense_model_is_not_part_of_the_coupled_model(dense, pair, tokens) -> None:
+    coupled = CoupledModel(*pair, dense, LossConfig())
+    names = [name for name, _ in coupled.named_parameters()]
+    assert all(name.startswith(("student.", "bridges.")) for name in names)
+    coupled(tokens, seed=0, step=0).total.backward()
+    assert all(parameter.grad is None for parameter in dense.model.parameters())
+    assert all(parameter.grad is not None for parameter in coupled.parameters())
+
+
+def test_coupled_model_trains_every_option(dense, tokens) -> None:
+    shape = StudentShape(activation_frac=0.5, attention_sink=True, bigram_table=True)
+    student, bridges = make_student(dense, shape, ROTATIONS["turned"])
+    coupled = CoupledModel(student, bridges, dense, LossConfig())
+    coupled(tokens, seed=0, step=1).total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in coupled.parameters())
+
+
+def test_kl_and_nmse_by_hand() -> None:
+    reference = torch.tensor([[[0.5, 0.5]]]).log()
+    logits = torch.tensor([[[0.25, 0.75]]]).log()
+    expected = 0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(torch.tensor(2 / 3))
+    assert kl_divergence(reference, logits).item() == pytest.approx(expected.item())
+    assert kl_divergence(log_probs(logits), logits).item() == pytest.approx(0)
+    assert normalised_mse(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]), 4.0).item() == 0.5
+
+
+def test_rms_ratio_of_a_widened_copy(pair) -> None:
+    _, bridges = pair
+    assert isinstance(bridges, BridgeSet)
+    for site in bridges.sites:
+        assert bridges.rms_ratio(site) == pytest.approx((32 / 40) ** 0.5, rel=1e-4)

@@ -1,0 +1,224 @@
+"""Masks, pruning and circuits: identities, a planted circuit found exactly, controls that can fail."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from extractor.circuit import Calibration, Circuit, count_edges, edges_between, keep_nodes
+from extractor.errors import InputError
+from extractor.faithfulness import bootstrap_interval, evaluate_circuit, random_nodes
+from extractor.masks import HeavisideStep, NodeMask, mean_activations
+from extractor.prune import PruneConfig, calibrate, extract_circuit
+from extractor.sites import Node, Recorder, node_addresses
+from extractor.student import Student
+from extractor.tasks import TaskBatch, two_way_loss
+from tests.conftest import tiny_student_config
+
+
+@pytest.fixture
+def means(student: Student, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    return mean_activations(student, tokens)
+
+
+def test_means_are_means_over_all_positions(student, tokens, means) -> None:
+    recorder = Recorder()
+    student(tokens, tap=recorder)
+    batched = mean_activations(student, tokens, batch=2)
+    for address in node_addresses(2):
+        expected = recorder[address].mean((0, 1))
+        torch.testing.assert_close(means[address], expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(batched[address], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_all_gates_on_is_the_student_and_all_off_is_constant(student, tokens, means) -> None:
+    mask = NodeMask(means)
+    on = student(tokens, tap=mask.tap(torch.ones_like(mask.tau))).logits
+    torch.testing.assert_close(on, student(tokens).logits, atol=1e-5, rtol=1e-5)
+    recorder = Recorder(*node_addresses(2))
+    tap = mask.tap(torch.zeros_like(mask.tau))
+    student(tokens, tap=lambda a, x: recorder(a, tap(a, x)))
+    for address, activation in recorder.activations.items():
+        assert torch.equal(activation, means[address].expand_as(activation))
+
+
+def test_step_uses_the_slope_of_the_sigmoid() -> None:
+    tau = torch.tensor([-0.5, 0.0, 0.2], requires_grad=True)
+    gates = HeavisideStep.apply(tau, 0.5)
+    assert gates.tolist() == [0, 0, 1]
+    gates.sum().backward()
+    sigmoid = torch.sigmoid(tau.detach() / 0.5)
+    torch.testing.assert_close(tau.grad, sigmoid * (1 - sigmoid) / 0.5)
+
+
+def test_circuit_and_complement_split_the_nodes(student, tokens, means) -> None:
+    rng = random.Random(0)
+    everything = {Node(a, c) for a, mean in means.items() for c in range(len(mean))}
+    some = frozenset(rng.sample(sorted(everything, key=str), 100))
+    rest = everything - some
+    with_complement = student(tokens, tap=keep_nodes(some, means, complement=True)).logits
+    torch.testing.assert_close(with_complement, student(tokens, tap=keep_nodes(rest, means)).logits)
+    whole = student(tokens, tap=keep_nodes(everything, means)).logits
+    torch.testing.assert_close(whole, student(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_edges_are_the_nonzero_weights_between_nodes(student) -> None:
+    with torch.no_grad():
+        student.layers[0].mlp.up_proj.weight[3, 5] = 0
+    nodes = [Node("0.mlp.act_in", 5), Node("0.mlp.act_in", 6), Node("0.mlp.post_act", 3), Node("0.attn.v", 1)]
+    nodes += [Node("0.attn.resid_delta", 2), Node("1.mlp.post_act", 3)]
+    edges = edges_between(student, nodes)
+    found = {(str(e.source), str(e.target)): e.weight for e in edges}
+    assert found == {
+        ("0.attn.v:1", "0.attn.resid_delta:2"): student.layers[0].attn.o_proj.weight[2, 1].item(),
+        ("0.mlp.act_in:6", "0.mlp.post_act:3"): student.layers[0].mlp.up_proj.weight[3, 6].item(),
+    }
+    # per layer: q, k, v, o are 32 x 32; up and down 48 x 32
+    assert count_edges(student) == 2 * (4 * 32 * 32 + 2 * 48 * 32) - 1
+
+
+# --- a planted circuit -----------------------------------------------------------------------------------
+
+PLANTED = {
+    "0.attn.act_in:0", "0.attn.v:0", "0.attn.resid_delta:1",
+    "0.mlp.act_in:1", "0.mlp.post_act:0", "0.mlp.resid_delta:2",
+}  # fmt: skip
+
+
+def planted_student() -> Student:
+    """One layer: token 1 or 2 at the front -> channel 0 -> head 0 -> channel 1 -> neuron 0 -> channel 2.
+
+    Token 3 wins over token 4 if channel 2 is positive. Everything else is noise that the answers do not
+    depend on: other channels are read and written, but never channels 0 to 2.
+    """
+    config = tiny_student_config(num_hidden_layers=1, hidden_size=12, intermediate_size=16, hidden_act="gelu",
+                                 num_attention_heads=3, head_dim=4)  # fmt: skip
+    student = Student(config).eval()
+    attn, mlp = student.layers[0].attn, student.layers[0].mlp
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(0.3)
+        student.embed_tokens.weight[:, :3] = 0
+        student.embed_positions.weight[:, :3] = 0
+        student.embed_tokens.weight[1, 0], student.embed_tokens.weight[2, 0] = 2, -2
+        for linear in (attn.q_proj, attn.k_proj, attn.v_proj, mlp.up_proj):
+            linear.weight[:, :3] = 0  # channels 0 to 2 are read by nothing but the circuit
+        for linear in (attn.o_proj, mlp.down_proj):
+            linear.weight[:3] = 0  # and written by nothing but the circuit
+            linear.bias[:3] = 0
+        for linear in (attn.v_proj, mlp.up_proj):  # the circuit's own units read nothing else
+            linear.weight[0] = 0
+            linear.bias[0] = 0
+        attn.o_proj.weight[:, 0] = 0
+        mlp.down_proj.weight[:, 0] = 0
+        attn.v_proj.weight[0, 0] = 1
+        attn.o_proj.weight[1, 0] = 4
+        mlp.up_proj.weight[0, 1] = 2
+        mlp.down_proj.weight[2, 0] = 4
+        student.lm_head.weight[3:5] = 0
+        student.lm_head.bias[3:5] = 0
+        student.lm_head.weight[3, 2] = 4
+        student.lm_head.bias[3] = -4  # a silent neuron means the other answer
+    return student
+
+
+def planted_task(count: int, seed: int) -> TaskBatch:
+    generator = torch.Generator().manual_seed(seed)
+    rest = torch.randint(5, 97, (count, 3), generator=generator)
+    ids = torch.cat([torch.cat([torch.full((count, 1), first), rest], dim=1) for first in (1, 2)])
+    answer = torch.cat([torch.full((count,), 3), torch.full((count,), 4)])
+    return TaskBatch(ids, torch.full((2 * count,), 3), answer, answer.roll(count))
+
+
+@pytest.mark.parametrize("target", ["student", "answer"])
+def test_a_planted_circuit_is_recovered_exactly(target: str) -> None:
+    student = planted_student()
+    train, selection, held_out = (planted_task(64, seed) for seed in range(3))
+    whole = held_out.logit_difference(student(held_out.ids).logits)
+    assert (whole > 0).all()
+    means = mean_activations(student, train.ids)
+    config = PruneConfig(target=target, steps=150, pairs_per_step=32)
+    circuit = extract_circuit(student, "planted", train, selection, means, config, "none")
+    assert {str(node) for node in circuit.nodes} == PLANTED
+    assert {(str(e.source), str(e.target)) for e in circuit.edges} == {
+        ("0.attn.act_in:0", "0.attn.v:0"),
+        ("0.attn.v:0", "0.attn.resid_delta:1"),
+        ("0.mlp.act_in:1", "0.mlp.post_act:0"),
+        ("0.mlp.post_act:0", "0.mlp.resid_delta:2"),
+    }
+    found = evaluate_circuit(student, circuit, held_out, means, num_random=5, seed=0)
+    assert found["accuracy"] == 1
+    assert found["loss"] <= 0.15
+    assert found["sufficiency"] == pytest.approx(1, abs=0.05)
+    assert found["necessity"] == pytest.approx(1, abs=1e-4)
+    assert found["accuracy_without"] == 0.5
+    assert found["random_circuits"]["accuracy_max"] <= 0.75
+
+
+# --- calibration and statistics --------------------------------------------------------------------------
+
+
+def test_calibration_cannot_answer_by_itself() -> None:
+    """A difference that carries nothing about the side stays at chance, whatever it is fitted to."""
+    same_on_both_sides = torch.full((64,), 3.0)
+    same_on_both_sides[32:] = -3.0  # the same preference for one token, seen from both sides
+    calibration = calibrate(same_on_both_sides)
+    assert two_way_loss(calibration(same_on_both_sides)).item() >= math.log(2) - 1e-4
+
+
+def test_calibration_removes_a_shift_and_a_scale() -> None:
+    good = torch.cat([torch.rand(200) + 1, torch.rand(200) + 1])
+    skewed = 0.05 * Calibration(1.0, 1.4)(good)
+    assert (skewed <= 0).any()
+    calibration = calibrate(skewed)
+    assert (calibration(skewed) > 0).float().mean() > 0.99
+    assert two_way_loss(calibration(skewed)) < 0.3 < two_way_loss(skewed)
+
+
+def test_bootstrap_interval_holds_the_mean_and_keeps_pairs_together() -> None:
+    values = torch.cat([torch.ones(100), torch.zeros(100)])  # every pair: one right, one wrong
+    assert bootstrap_interval(values, 0) == [0.5, 0.5]
+    low, high = bootstrap_interval((torch.rand(400) < 0.8).float(), 0)
+    assert 0.7 < low < 0.8 < high < 0.9
+
+
+def test_random_circuits_match_the_size_at_every_address(means) -> None:
+    nodes = frozenset({Node("0.attn.q", 1), Node("0.attn.q", 2), Node("1.mlp.post_act", 0)})
+    drawn = random_nodes(nodes, means, random.Random(0))
+    assert sorted(node.address for node in drawn) == ["0.attn.q", "0.attn.q", "1.mlp.post_act"]
+    assert len(set(drawn)) == 3
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def circuit(student) -> Circuit:
+    nodes = frozenset({Node("0.mlp.act_in", 6), Node("0.mlp.post_act", 3)})
+    return Circuit(
+        "t", nodes, edges_between(student, nodes), "sha", {"a": 1}, Calibration(2, 0.5), {"loss": 0.1}
+    )
+
+
+def test_circuit_round_trips(circuit: Circuit, tmp_path) -> None:
+    circuit.save(tmp_path / "c.json")
+    assert Circuit.load(tmp_path / "c.json") == circuit
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[:-20], "not valid JSON"),
+        (lambda text: json.dumps(json.loads(text) | {"schema_version": 99}), "schema version 99"),
+        (lambda text: json.dumps(json.loads(text) | {"nodes": ["0.mlp.act_in"]}), "damaged"),
+        (lambda text: json.dumps({"schema_version": 1}), "damaged"),
+    ],
+)
+def test_damaged_circuit_files_are_refused(circuit: Circuit, tmp_path, damage, message: str) -> None:
+    path = tmp_path / "c.json"
+    circuit.save(path)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(InputError, match=message):
+        Circuit.load(path)

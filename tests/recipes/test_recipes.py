@@ -1,0 +1,255 @@
+"""The recipes run for real, as a user starts them, on a tiny checkpoint."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from extractor.circuit import Circuit
+from tests.conftest import ROOT
+
+SMALL_TEXT = ["--data.source", str(ROOT / "extractor"), "--data.held_out_frac", "0.3"]
+SMALL_TEXT += ["--data.context_length", "32"]
+TRAIN = [
+    *SMALL_TEXT, "--rotation.stream_steps", "20", "--rotation.head_steps", "10", "--precision", "fp32",
+    "--max_steps", "8", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--save_steps", "2",
+    "--eval_blocks", "16", "--bridge_eval_blocks", "8",
+]  # fmt: skip
+EXTRACT = [
+    *SMALL_TEXT, "--tasks", "[with_as, bracket_paren]", "--mean_blocks", "16", "--held_out_pairs", "8",
+    "--random_circuits", "2", "--prune.steps", "10", "--prune.train_pairs", "16",
+    "--prune.selection_pairs", "16", "--prune.pairs_per_step", "8",
+]  # fmt: skip
+EDIT = ["--train_pairs", "8", "--held_out_pairs", "8", "--edit.control_draws", "1"]
+
+
+def run_in_process(monkeypatch: pytest.MonkeyPatch, verb: str, *arguments: object) -> None:
+    AcceleratorState._reset_state()  # the precision of an earlier recipe in this process
+    monkeypatch.setattr(sys, "argv", [f"{verb}.py", *map(str, arguments)])
+    runpy.run_path(str(ROOT / "recipes" / f"{verb}.py"), run_name="__main__")
+
+
+def start(*command: object, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder after train, extract, edit and audit."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        dense = ["--dense", tiny_checkpoint, "--run", run]
+        run_in_process(monkeypatch, "train", *dense, *TRAIN)
+        run_in_process(monkeypatch, "extract", "--run", run, *EXTRACT)
+        run_in_process(monkeypatch, "edit", *dense, *EDIT)
+        run_in_process(monkeypatch, "audit", *dense, "--held_out_pairs", 8)
+    return run
+
+
+def test_whole_job_leaves_every_artefact(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        "config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "student", "bridges",
+        "circuits", "edits", "report.json", "report.html",
+    }  # fmt: skip
+    for path in trained.rglob("*"):
+        assert path.suffix not in {".bin", ".pkl", ".pt", ".pickle"}
+        assert not path.name.startswith(".tmp-")
+
+
+def test_report_holds_what_the_issue_asks_for(trained: Path) -> None:
+    report = json.loads((trained / "report.json").read_text())
+    assert report["dense"]["ce"] > 0
+    student = report["student"]
+    assert student["init_kl_dense"] <= 1e-6
+    assert student["density"] == 0.125
+    assert student["nonzeros"] < student["parameters"]
+    for matrix in student["matrices"].values():
+        assert matrix["nonzeros"] == matrix["k"] == round(0.125 * matrix["shape"][0] * matrix["shape"][1])
+    assert set(report["bridges"]) == {"0.resid_pre", "0.resid_mid", "1.resid_pre", "1.resid_mid"}
+    for row in report["bridges"].values():
+        assert set(row) == {"nmse_encode", "nmse_decode", "kl_dense_to_sparse", "kl_sparse_to_dense"}
+    assert set(report["circuits"]) == {"with_as", "bracket_paren"}
+    for circuit in report["circuits"].values():
+        wanted = {"nodes", "edges", "nodes_total", "loss", "accuracy", "sufficiency", "necessity"}
+        assert wanted <= set(circuit)
+    for edit in report["edits"].values():
+        lists = ("flip_rate", "flip_rate_indirect", "control_random_node", "control_random_direction")
+        assert {"site", "nodes", "size"} <= set(edit)
+        for name in lists:
+            assert len(edit[name]) == len(edit["strengths"])
+    assert report["provenance"]["artifacts"]["student/model.safetensors"]
+    assert len(report["criteria"]) == 5
+
+
+def test_saved_circuits_count_their_own_edges(trained: Path) -> None:
+    circuit = Circuit.load(trained / "circuits" / "with_as.json")
+    assert circuit.evidence["nodes"] == len(circuit.nodes)
+    assert circuit.evidence["edges"] == len(circuit.edges)
+
+
+def test_metrics_have_one_line_a_step(trained: Path) -> None:
+    assert [row["step"] for row in metrics_of(trained)] == list(range(1, 9))
+
+
+def test_a_changed_artefact_is_not_reported_on(trained: Path, tiny_checkpoint, tmp_path, capsys) -> None:
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", trained, copy], check=True)
+    path = copy / "circuits" / "with_as.json"
+    path.write_text(path.read_text().replace("0.", "1.", 1))
+    with pytest.raises(SystemExit) as stopped, pytest.MonkeyPatch.context() as monkeypatch:
+        run_in_process(monkeypatch, "audit", "--dense", tiny_checkpoint, "--run", copy, "--held_out_pairs", 4)
+    assert stopped.value.code == 3
+    assert "is not the file that recipes/extract.py wrote" in capsys.readouterr().err
+
+
+def test_view_at_density_one_is_exact_and_untrained(tiny_checkpoint, tmp_path, monkeypatch) -> None:
+    run = tmp_path / "view"
+    run_in_process(
+        monkeypatch, "train", "--dense", tiny_checkpoint, "--run", run, *TRAIN, "--sparsity.density", "1.0"
+    )
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation["student"]["train_tokens"] == 0
+    assert abs(evaluation["student"]["kl_dense"]) <= 1e-6
+    assert max(abs(v) for row in evaluation["bridges"].values() for v in row.values()) < 1e-5
+
+
+def test_a_finished_run_is_kept_and_another_config_refused(
+    trained, tiny_checkpoint, monkeypatch, capsys
+) -> None:
+    before = (trained / "student" / "model.safetensors").stat().st_mtime_ns
+    arguments = ["--dense", tiny_checkpoint, "--run", trained, *TRAIN]
+    run_in_process(monkeypatch, "train", *arguments)
+    assert "already trained" in capsys.readouterr().out
+    assert (trained / "student" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit) as stopped:
+        run_in_process(monkeypatch, "train", *arguments, "--learning_rate", "0.5")
+    assert stopped.value.code == 3
+    assert "holds a run with another config" in capsys.readouterr().err
+
+
+# --- processes ---------------------------------------------------------------------------------------------
+
+
+def test_two_processes_equal_one(tiny_checkpoint, tmp_path, monkeypatch) -> None:
+    """Half the batch on each of two gloo processes: the same losses and the same weights."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    shared = ["--dense", str(tiny_checkpoint), *TRAIN]
+    process = start(
+        "accelerate", "launch", "--config_file", "recipes/accelerate/cpu2.yaml", "recipes/train.py",
+        *shared, "--run", two, "--per_device_train_batch_size", "2",
+    )  # fmt: skip
+    run_in_process(monkeypatch, "train", *shared, "--run", one)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-2000:]
+    for row, other in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
+    weights, others = (load_file(run / "student" / "model.safetensors") for run in (one, two))
+    for name, value in weights.items():
+        same = (value != 0) == (others[name] != 0)
+        assert same.float().mean() > 0.99, name  # near-ties may fall either way
+        torch.testing.assert_close(value[same], others[name][same], atol=1e-4, rtol=1e-3)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(trained, tiny_checkpoint, tmp_path, monkeypatch) -> None:
+    run = tmp_path / "killed"
+    arguments = ["--dense", tiny_checkpoint, "--run", run, *TRAIN]
+    process = start(sys.executable, "recipes/train.py", *arguments)
+    deadline = time.monotonic() + 240
+    while not list((run / "checkpoints").glob("checkpoint-[24]")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (run / "student").exists()
+    run_in_process(monkeypatch, "train", *arguments)
+    assert metrics_of(run) == metrics_of(trained)
+    for name in ("student/model.safetensors", "bridges/bridges.safetensors"):
+        expected, resumed = load_file(trained / name), load_file(run / name)
+        assert all(torch.equal(expected[key], resumed[key]) for key in expected), name
+
+
+# --- bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    return tmp_path / "bert"
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "code", "message"),
+    [
+        ("train", ["--dense", "/nowhere/model"], 3, "no config.json in '/nowhere/model'"),
+        ("train", ["--dense", "BERT"], 3, "'bert' is not supported; supported: gpt2"),
+        ("train", ["--sparsity.densty", "0.1"], 2, "did you mean 'sparsity.density'"),
+        ("train", ["--sparsity.density", "0"], 2, "sparsity.density: got 0"),
+        ("train", ["--sparsity.density", "1.5"], 2, "sparsity.density: got 1.5"),
+        ("extract", ["--tasks", "[zip_range]"], 3, "' zip' is not one token"),
+        ("extract", ["--tasks", "[with_is]"], 2, "did you mean 'with_as'"),
+        ("extract", ["--run", "/nowhere/run"], 3, "no student in '/nowhere/run/student'"),
+        ("edit", ["--run", "/nowhere/run"], 3, "no circuits in"),
+        ("audit", ["--run", "/nowhere/run"], 3, "no evaluation at"),
+    ],
+)
+def test_bad_input_is_one_line_a_code_and_nothing_written(
+    verb, arguments, code, message, bert, trained, tmp_path, monkeypatch, capsys
+) -> None:
+    run = tmp_path / "run"
+    arguments = [str(bert) if word == "BERT" else word for word in arguments]
+    if verb == "train":
+        arguments = ["--run", run, *arguments]
+    elif "--run" not in arguments:
+        arguments = ["--run", trained, *arguments]
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    with pytest.raises(SystemExit) as stopped:
+        run_in_process(monkeypatch, verb, *arguments)
+    assert stopped.value.code == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert message in lines[-1]
+    assert not run.exists()
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_exit_code_and_last_word_of_a_recipes_own_process(tmp_path: Path) -> None:
+    process = start(sys.executable, "recipes/train.py", "--dense", tmp_path / "none", "--run", tmp_path / "r")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert errors.strip().splitlines()[-1].startswith("error: dense checkpoint: no config.json")
+    assert "Traceback" not in errors
+
+
+# --- configs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "python").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_parses_and_names_its_command(path: Path, monkeypatch, capsys) -> None:
+    command = path.read_text().splitlines()[0]
+    assert command == f"# accelerate launch recipes/{path.stem}.py --config recipes/python/{path.name}"
+    run_in_process(monkeypatch, path.stem, "--config", path, "--print_config")
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["seed"] == 0
