@@ -24,16 +24,21 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from extractor.artifacts import fingerprint
 from extractor.errors import InputError, UnsupportedModelError
+from extractor.machine import attention_autocast, attention_inputs
 from extractor.sites import Site, sites
 
+ATTENTION = "sparsebridge_sdpa"
 SELF_CHECK_TOLERANCE = 1e-5  # of the largest logit; the same numbers in the same order differ by 0
 
 
@@ -97,6 +102,7 @@ class DenseModel:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
+            attn_implementation=ATTENTION,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -249,6 +255,20 @@ def _check_finite(folder: Path, model: PreTrainedModel) -> None:
         bad = parameter.numel() - int(parameter.isfinite().sum())
         if bad:
             raise InputError(f"'{folder}': {bad} values of '{name}' are NaN or infinite")
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object
+) -> tuple[Tensor, None]:
+    """transformers' own sdpa, in the precision that this machine runs it well in."""
+    with attention_autocast(query.device):
+        inputs = attention_inputs(query, key, value)
+        return sdpa_attention_forward(module, *inputs, mask, **kwargs)
+
+
+# Without the second line transformers would drop the mask, and the model see the future, silently.
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 # --- hooks -----------------------------------------------------------------------------------------

@@ -123,8 +123,8 @@ def keep_nodes(nodes: Collection[Node], means: Means, *, complement: bool = Fals
     def tap(address: str, activation: Tensor) -> Tensor:
         if address not in gates:
             return activation
-        mean = means[address]
-        return mean + gates[address] * (activation - mean)
+        gate = gates[address]
+        return torch.addcmul(means[address] * (1 - gate), gate, activation)
 
     return tap
 

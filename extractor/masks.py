@@ -79,7 +79,7 @@ class NodeMask(nn.Module):
             if address not in by_address:
                 return activation
             gate, mean = by_address[address], self.means[address]
-            return mean + gate * (activation - mean)
+            return torch.addcmul(mean * (1 - gate), gate, activation)
 
         return tap
 

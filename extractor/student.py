@@ -34,6 +34,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from extractor.errors import InputError
+from extractor.machine import attention_autocast, attention_inputs
 from extractor.sites import Site, Tap, no_tap, sites
 from extractor.sparsity import abs_topk
 
@@ -99,9 +100,10 @@ class StudentAttention(nn.Module):
             k, v = cache.update(k, v, self.layer)
         if self.sink is not None:
             k, v, mask = self._add_sink(q, k, v, mask)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1
-        )
+        with attention_autocast(q.device):
+            mixed = F.scaled_dot_product_attention(
+                *attention_inputs(q, k, v), attn_mask=mask, is_causal=mask is None and q.shape[2] > 1
+            )
         write = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return tap(f"{prefix}.resid_delta", abs_topk(write, self.frac))
 
