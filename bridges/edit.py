@@ -37,15 +37,19 @@ from extractor.tasks import TaskBatch
 class EditConfig(Config):
     """How an edit is chosen and measured."""
 
-    sizes: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of nodes tried, smallest first."""
-    strengths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+    max_size: int = Field(8, ge=1)
+    """Most nodes of an edit."""
+    candidates: int = Field(16, ge=1)
+    """Nodes per site, best ranked first, among which the greedy search chooses."""
+    strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0)
     """Strengths measured on held-out prompts; 1 is the counterfactual's own value."""
     goal: float = Field(0.9, gt=0, le=1)
-    """Indirect flip rate on training prompts, at some strength, that ends the search for a size."""
-    control_draws: int = Field(3, ge=1)
+    """Indirect flip rate on training prompts, at half or full strength, that ends the search."""
+    sites_tried: int = Field(2, ge=1)
+    """Sites at which nodes are searched for, most promising first."""
+    control_draws: int = Field(2, ge=1)
     """Random node sets and random directions, whose flip rates are averaged."""
-    attribution_points: int = Field(4, ge=1)
+    attribution_points: int = Field(3, ge=1)
     """Steps of the path integral that ranks nodes."""
 
 
@@ -160,34 +164,55 @@ def choose_edit(
 ) -> Edit | None:
     """The smallest edit that reaches the goal on training prompts by its indirect effect.
 
-    Among sites that reach it at the same size, the one whose flip rate summed over strengths is
-    highest; where no size reaches the goal, the best of all. None: the circuit reads nothing anywhere.
+    Sites are tried in the order of what all the circuit's nodes there can do together; at each, nodes
+    are added greedily until the goal or the largest size is reached. None: the circuit reads nothing.
     """
-    ranked = {}
+    at_sites: list[tuple[float, Edit]] = []
     for site in bridges.sites:
         nodes = [node for node in circuit.nodes if node.address == site.read_address]
         if nodes:
-            ranked[site] = rank_nodes(streams, Edit.from_nodes(sorted_nodes(nodes), site, bridges), config)
-    best: tuple[float, Edit] | None = None
-    for size in sorted(config.sizes):
-        reached: tuple[float, Edit] | None = None
-        for site, nodes in ranked.items():
-            edit = Edit.from_nodes(nodes[:size], site, bridges)
-            delta = streams.delta(edit)
-            rates = [
-                streams.flip_rate(site, strength * delta, indirect=True)
-                for strength in (0.5 * max(config.strengths), max(config.strengths))
-            ]
-            score = sum(rates)
-            if best is None or score > best[0]:
-                best = (score, edit)
-            if max(rates) >= config.goal and (reached is None or score > reached[0]):
-                reached = (score, edit)
-        if reached is not None:
-            return reached[1]
+            everything = Edit.from_nodes(sorted_nodes(nodes), site, bridges)
+            at_sites.append((sum(_training_rates(streams, everything, config)), everything))
+    at_sites.sort(key=lambda scored: -scored[0])
+    best: tuple[tuple[bool, int, float], Edit] | None = None
+    for _, everything in at_sites[: config.sites_tried]:
+        edit = _grow(streams, everything, bridges, config)
+        rates = _training_rates(streams, edit, config)
+        reached = max(rates) >= config.goal
+        score = (reached, -len(edit.nodes) if reached else 0, sum(rates))
+        if best is None or score > best[0]:
+            best = (score, edit)
     return best[1] if best else None
 
 
+def _training_rates(streams: PromptStreams, edit: Edit, config: EditConfig) -> list[float]:
+    """Indirect flip rates at half and at full strength."""
+    delta, top = streams.delta(edit), max(config.strengths)
+    return [streams.flip_rate(edit.site, s * delta, indirect=True) for s in (top / 2, top)]
+
+
+@torch.no_grad()
+def _grow(streams: PromptStreams, everything: Edit, bridges: BridgeSet, config: EditConfig) -> Edit:
+    """Add the node that moves the answers furthest, until the goal or the largest size."""
+    site, top = everything.site, max(config.strengths)
+    left = rank_nodes(streams, everything, config)[: config.candidates]
+    chosen: list[Node] = []
+    while left and len(chosen) < config.max_size:
+
+        def answered(node: Node) -> float:
+            """Mean probability of the right answer, at full strength and by the indirect effect."""
+            delta = streams.delta(Edit.from_nodes([*chosen, node], site, bridges))
+            return streams.difference(site, top * delta, indirect=True).sigmoid().mean().item()
+
+        chosen.append(min(left, key=answered))
+        left.remove(chosen[-1])
+        edit = Edit.from_nodes(chosen, site, bridges)
+        if max(_training_rates(streams, edit, config)) >= config.goal:
+            break
+    return Edit.from_nodes(chosen, site, bridges)
+
+
+@torch.enable_grad()
 def rank_nodes(streams: PromptStreams, edit: Edit, config: EditConfig) -> list[Node]:
     """Nodes by how far each moves the answer, integrated along the path to all of them moved.
 

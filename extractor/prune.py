@@ -33,12 +33,12 @@ class PruneConfig(Config):
     """Train the mask towards the whole student's own answers, or towards the labels."""
     target_loss: float = Field(0.15, gt=0)
     """Two-way loss in nats that the circuit must reach (chance is 0.693)."""
-    selection_frac: float = Field(0.8, gt=0, le=1)
+    selection_frac: float = Field(0.6, gt=0, le=1)
     """The search aims at this share of target_loss, so that held-out prompts stay below it."""
-    steps: int = Field(200, ge=1)
-    pairs_per_step: int = Field(24, ge=1)
-    learning_rate: float = Field(0.02, gt=0)
-    size_coef: float = Field(1.0, ge=0)
+    steps: int = Field(150, ge=1)
+    pairs_per_step: int = Field(16, ge=1)
+    learning_rate: float = Field(0.03, gt=0)
+    size_coef: float = Field(30.0, ge=0)
     """Weight of the share of nodes kept in the mask's loss."""
     init: float = Field(0.5, gt=0, le=1)
     """Mean of tau at the start."""
@@ -48,7 +48,7 @@ class PruneConfig(Config):
     temperature: float = Field(1.0, gt=0)
     """Of the sigmoid whose slope stands in for the step's."""
     train_pairs: int = Field(192, ge=8)
-    selection_pairs: int = Field(96, ge=8)
+    selection_pairs: int = Field(64, ge=8)
     """Further training pairs for the size and the calibration."""
     seeds: tuple[int, ...] = (0,)
     """One mask per seed; the smallest circuit that reaches the target is kept."""

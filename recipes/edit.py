@@ -32,7 +32,7 @@ class EditRecipeConfig(Config):
     tasks: tuple[str, ...] = ()
     """Which circuits; empty: all of the run."""
     edit: EditConfig = EditConfig()
-    train_pairs: int = Field(48, ge=2)
+    train_pairs: int = Field(32, ge=2)
     """Training pairs on which site and nodes are chosen."""
     held_out_pairs: int = Field(64, ge=2)
     seed: int = 0

@@ -28,14 +28,22 @@ from extractor.tasks import Pair, encode_pairs, make_pairs, refuse_unknown_tasks
 class ExtractConfig(Config):
     run: Path = Path("runs/python")
     """The run folder of recipes/train.py."""
-    tasks: tuple[str, ...] = ("single_double_quote", "bracket_paren", "if_equals", "with_as")
+    tasks: tuple[str, ...] = (
+        "single_double_quote",
+        "bracket_paren",
+        "if_equals",
+        "with_as",
+        "else_elif",
+        "if_return",
+        "while_return_true",
+    )
     """Names from the list in the README."""
     data: DataConfig = DataConfig()
     mean_blocks: int = Field(128, ge=1)
     """Training blocks over which nodes' means are taken."""
     prune: PruneConfig = PruneConfig()
     held_out_pairs: int = Field(64, ge=2)
-    random_circuits: int = Field(10, ge=0)
+    random_circuits: int = Field(5, ge=0)
     """Random circuits of the same size at every address, as a control."""
     seed: int = 0
 

@@ -55,13 +55,13 @@ class TrainConfig(Config):
     rotation: RotationConfig = RotationConfig()
     sparsity: SparsityConfig = SparsityConfig()
     loss: LossConfig = LossConfig()
-    max_steps: int = Field(600, ge=0)
+    max_steps: int = Field(380, ge=0)
     per_device_train_batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(4e-3, gt=0)
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    max_train_tokens: int = Field(4_000_000, ge=1)
+    max_train_tokens: int = Field(2_000_000, ge=1)
     """Text read before the first repetition."""
     eval_blocks: int = Field(128, ge=1)
     """Held-out blocks for the losses."""

@@ -20,7 +20,7 @@ ROTATIONS = {
     "identity": RotationConfig(enabled=False),
     "turned": RotationConfig(stream_steps=30, head_steps=10),
 }
-CONFIG = EditConfig(sizes=(1, 2, 4), strengths=(0.0, 1.0, 2.0), control_draws=2)
+CONFIG = EditConfig(max_size=4, strengths=(0.0, 1.0, 2.0), control_draws=2)
 
 
 @pytest.fixture(params=ROTATIONS.values(), ids=ROTATIONS.keys())
@@ -92,14 +92,15 @@ def test_strength_zero_flips_nothing_and_lists_match(dense, pair, prompts) -> No
     assert found["num_prompts"] == 12
 
 
-def test_chosen_nodes_are_the_circuits_and_all_of_them_flip(dense, pair, prompts) -> None:
+def test_chosen_nodes_are_the_circuits_and_no_more_than_allowed(dense, pair, prompts) -> None:
     student, bridges = pair
     streams = PromptStreams(dense, student, bridges, prompts)
     nodes = frozenset(Node("0.attn.act_in", channel) for channel in range(40))
     circuit = Circuit("t", nodes, (), "sha", {})
-    edit = choose_edit(streams, circuit, bridges, EditConfig(sizes=(40,)))
-    assert set(edit.nodes) == nodes
-    # before the first attention, moving all channels is presenting the other prompt's tokens
+    edit = choose_edit(streams, circuit, bridges, CONFIG)
+    assert set(edit.nodes) < nodes
+    assert len(edit.nodes) <= 4
+    assert edit.site == Site(0, "resid_pre")
     assert choose_edit(streams, Circuit("t", frozenset(), (), "sha", {}), bridges, CONFIG) is None
 
 
@@ -119,6 +120,30 @@ def test_edit_round_trips_and_refuses_another_base(dense, pair, tmp_path) -> Non
     dense.sha256 = "another"
     with pytest.raises(InputError, match="another"):
         Edit.load(tmp_path / "e", dense)
+
+
+def test_greedy_choice_finds_the_one_node_that_carries_the_answer(dense, tokens) -> None:
+    """A dense model whose answer hangs on channel 5 before MLP 0, and a circuit with twelve nodes there."""
+    with torch.no_grad():
+        for block in dense.model.transformer.h:
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+        first = dense.model.transformer.h[0]
+        first.mlp.c_fc.weight[:, 0] = 0
+        first.mlp.c_fc.weight[5, 0] = 3  # neuron 0 reads channel 5
+        first.mlp.c_proj.weight[0] = dense.model.lm_head.weight[21] - dense.model.lm_head.weight[22]
+        dense.model.transformer.wte.weight[11, 5] = 3  # and token 11 has it, token 12 not
+        dense.model.transformer.wte.weight[12, 5] = -3
+    student, bridges = make_student(dense, StudentShape(), ROTATIONS["identity"])
+    measure_energies_(dense, student, bridges, tokens)
+    ids = torch.tensor([[11]] * 4 + [[12]] * 4)
+    answer = torch.tensor([21] * 4 + [22] * 4)
+    streams = PromptStreams(
+        dense, student, bridges, TaskBatch(ids, torch.zeros(8).long(), answer, answer.roll(4))
+    )
+    nodes = frozenset(Node("0.mlp.act_in", channel) for channel in range(12))
+    edit = choose_edit(streams, Circuit("t", nodes, (), "sha", {}), bridges, CONFIG)
+    assert edit.nodes[0] == Node("0.mlp.act_in", 5)
 
 
 # --- losses of the coupled model ---------------------------------------------------------------------------
