@@ -156,10 +156,12 @@ def entries(value: Any) -> list[tuple[str, Any]]:
     return list(value.items()) if isinstance(value, dict) and reason(value) is None else []
 
 
-def task_names(report: dict[str, Any]) -> list[str]:
-    """Every task that any section speaks of, in the order of first mention."""
-    paths = (("dense", "tasks"), ("student", "tasks"), ("circuits",), ("edits",))
-    return list(dict.fromkeys(task for path in paths for task, _ in entries(at(report, *path))))
+def task_names(
+    report: dict[str, Any], sections: Sequence[str] = ("dense", "student", "circuits", "edits")
+) -> list[str]:
+    """Every task that any of the sections speaks of, in the order of first mention."""
+    parts = [at(report, *((name, "tasks") if name in ("dense", "student") else (name,))) for name in sections]
+    return list(dict.fromkeys(task for part in parts for task, _ in entries(part)))
 
 
 def undefined_values(value: Any, path: str = "") -> list[tuple[str, str]]:
@@ -168,8 +170,10 @@ def undefined_values(value: Any, path: str = "") -> list[tuple[str, str]]:
         return [(path, why)]
     if isinstance(value, dict):
         inner = value.items()
+    elif isinstance(value, list):
+        inner = enumerate(value)
     else:
-        inner = enumerate(value) if isinstance(value, list) else ()
+        inner = ()
     found = [undefined_values(part, f"{path}.{key}" if path else str(key)) for key, part in inner]
     return [pair for pairs in found for pair in pairs]
 

@@ -116,11 +116,8 @@ def compare_behaviour(
             }
         for name, table in tables.items():
             difference = batch.logit_difference(logits[name])
-            table[task] = {
-                "accuracy": accuracy(difference),
-                "loss": two_way_loss(difference).item(),
-                "num_prompts": len(batch),
-            }
+            table[task] = {"accuracy": accuracy(difference), "loss": two_way_loss(difference).item()}
+        tables["dense"][task]["num_prompts"] = len(batch)
     return tables, exclusions
 
 
