@@ -35,7 +35,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from extractor.artifacts import fingerprint
 from extractor.errors import InputError, UnsupportedModelError
-from extractor.machine import attention_autocast, attention_inputs
+from extractor.machine import attend
 from extractor.sites import Site, sites
 
 ATTENTION = "sparsebridge_sdpa"
@@ -261,9 +261,11 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object
 ) -> tuple[Tensor, None]:
     """transformers' own sdpa, in the precision that this machine runs it well in."""
-    with attention_autocast(query.device):
-        inputs = attention_inputs(query, key, value)
-        return sdpa_attention_forward(module, *inputs, mask, **kwargs)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]
+
+    return attend(sdpa, query, key, value), None
 
 
 # Without the second line transformers would drop the mask, and the model see the future, silently.

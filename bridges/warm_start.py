@@ -32,7 +32,8 @@ class StudentShape(Config):
     intermediate_size: int = Field(0, ge=0)
     num_attention_heads: int = Field(0, ge=0)
     activation_frac: float | None = Field(None, gt=0, le=1)
-    """AbsTopK: share of channels kept at every node (the paper: 0.25); none switches it off."""
+    """AbsTopK: share of channels kept at every node at the end of annealing (the paper: 0.25, from
+    the start); none switches it off."""
     attention_sink: bool = False
     """A learned logit per head for attending to nothing. The copy is then no longer exact."""
     bigram_table: bool = False
@@ -42,7 +43,7 @@ class StudentShape(Config):
 def make_student(
     dense: DenseModel, shape: StudentShape, rotation: RotationConfig, show_progress: bool = False
 ) -> tuple[Student, BridgeSet]:
-    """A student and its bridges, at density 1.
+    """A student and its bridges, at density 1 and with AbsTopK off.
 
     Raises:
         InputError: a width below the dense model's.
@@ -84,7 +85,6 @@ def _student_config(dense: DenseModel, shape: StudentShape) -> StudentConfig:
         max_position_embeddings=source.n_positions,
         hidden_act=source.activation_function,
         rms_norm_eps=source.layer_norm_epsilon * ratio,
-        activation_frac=shape.activation_frac,
         attention_sink=shape.attention_sink,
         bigram_table=shape.bigram_table,
         bos_token_id=source.bos_token_id,

@@ -21,3 +21,9 @@ class InputError(SparsebridgeError):
 
 class UnsupportedModelError(InputError):
     """A dense checkpoint of a family whose residual stream is not proved readable."""
+
+
+class DivergedError(SparsebridgeError):
+    """Training left the finite numbers; the last checkpoint is whole."""
+
+    exit_code = 5

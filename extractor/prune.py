@@ -1,6 +1,6 @@
 """Extract a task's circuit: learn a mask, rank its nodes, keep the fewest that reach the target loss.
 
-1. AdamW on tau: task loss + size_coef * share of nodes kept, on training pairs. The task loss is the two-way
+1. AdamW on tau: task loss + size_coef * nodes kept, on training pairs. The task loss is the two-way
    cross-entropy towards the whole student's own answer (`target: student`) or the label (`answer`).
    A mask can solve a task its student cannot, so the student's own behaviour is the default target.
 2. Rank nodes by tau; bisect the smallest k whose calibrated loss reaches `target_loss` on further
@@ -38,8 +38,8 @@ class PruneConfig(Config):
     steps: int = Field(150, ge=1)
     pairs_per_step: int = Field(16, ge=1)
     learning_rate: float = Field(0.03, gt=0)
-    size_coef: float = Field(30.0, ge=0)
-    """Weight of the share of nodes kept in the mask's loss."""
+    size_coef: float = Field(2.7e-3, ge=0)
+    """Nats of task loss that one node is worth in the mask's loss (k_coef of the paper)."""
     init: float = Field(0.5, gt=0, le=1)
     """Mean of tau at the start."""
     init_noise: float = Field(0.3, ge=0)
@@ -104,7 +104,7 @@ def learn_mask(student: Student, train: TaskBatch, means: Means, config: PruneCo
         examples = torch.cat([pairs, pairs + num_pairs]).to(wanted.device)
         difference = batch.logit_difference(logits)
         loss = F.binary_cross_entropy_with_logits(difference, wanted[examples])
-        loss = loss + config.size_coef * gates.mean()
+        loss = loss + config.size_coef * gates.sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(mask.parameters(), 1.0)

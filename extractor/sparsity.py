@@ -27,7 +27,7 @@ class SparsityConfig(Config):
     density: float = Field(0.125, gt=0, le=1)
     """Share of nonzero weights in every matrix at the end; 1.0 leaves the weights as they are."""
     anneal_frac: float = Field(0.5, ge=0, le=1)
-    """Share of the steps over which density falls from 1 to its target."""
+    """Share of the steps over which density (and AbsTopK) falls from 1 to its target."""
     anneal_shape: Literal["linear", "exponential"] = "exponential"
     """Linear in density, as the paper, or linear in log density."""
 
@@ -79,12 +79,7 @@ class WeightSparsifier:
 
     def density(self, step: int) -> float:
         """Density asked for after `step` optimiser steps."""
-        target = self.config.density
-        anneal_steps = self.config.anneal_frac * self.num_steps
-        progress = 1.0 if anneal_steps == 0 else min(1.0, step / anneal_steps)
-        if self.config.anneal_shape == "linear":
-            return 1 - progress * (1 - target)
-        return math.exp(progress * math.log(target))
+        return anneal(self.config, self.config.density, step, self.num_steps)
 
     @torch.no_grad()
     def project_(self, step: int) -> float:
@@ -95,6 +90,15 @@ class WeightSparsifier:
                 flat = parameter.view(-1)
                 flat.mul_(keep_largest(flat, num_kept(parameter.numel(), density)))
         return density
+
+
+def anneal(config: SparsityConfig, target: float, step: int, num_steps: int) -> float:
+    """A share that falls from 1 to `target` over the first `anneal_frac` of the steps."""
+    anneal_steps = config.anneal_frac * num_steps
+    progress = 1.0 if anneal_steps == 0 else min(1.0, step / anneal_steps)
+    if config.anneal_shape == "linear":
+        return 1 - progress * (1 - target)
+    return math.exp(progress * math.log(target))
 
 
 def num_kept(size: int, density: float) -> int:

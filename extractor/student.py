@@ -34,7 +34,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from extractor.errors import InputError
-from extractor.machine import attention_autocast, attention_inputs
+from extractor.machine import attend
 from extractor.sites import Site, Tap, no_tap, sites
 from extractor.sparsity import abs_topk
 
@@ -100,10 +100,13 @@ class StudentAttention(nn.Module):
             k, v = cache.update(k, v, self.layer)
         if self.sink is not None:
             k, v, mask = self._add_sink(q, k, v, mask)
-        with attention_autocast(q.device):
-            mixed = F.scaled_dot_product_attention(
-                *attention_inputs(q, k, v), attn_mask=mask, is_causal=mask is None and q.shape[2] > 1
-            )
+
+        def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            bias = mask.to(q.dtype) if mask is not None and mask.is_floating_point() else mask
+            is_causal = mask is None and q.shape[2] > 1
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=is_causal)
+
+        mixed = attend(sdpa, q, k, v)
         write = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return tap(f"{prefix}.resid_delta", abs_topk(write, self.frac))
 
@@ -196,6 +199,13 @@ class Student(PreTrainedModel, GenerationMixin):
     @property
     def sites(self) -> tuple[Site, ...]:
         return sites(self.config.num_hidden_layers)
+
+    def set_activation_frac(self, frac: float | None) -> None:
+        """Change AbsTopK at every node; None or 1 switches it off."""
+        self.config.activation_frac = frac
+        for module in self.modules():
+            if isinstance(module, StudentLayer | StudentAttention | StudentMLP):
+                module.frac = frac
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens

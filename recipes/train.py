@@ -38,10 +38,10 @@ from extractor.artifacts import (
 )
 from extractor.config import Config, dump_config, run_recipe
 from extractor.data import DataConfig, load_blocks
-from extractor.errors import InputError
+from extractor.errors import DivergedError, InputError
 from extractor.machine import Precision, mixed_precision, start_processes, use_all_cores
 from extractor.rotation import RotationConfig
-from extractor.sparsity import SparsityConfig, WeightSparsifier, num_kept
+from extractor.sparsity import SparsityConfig, WeightSparsifier, anneal, num_kept
 from extractor.student import Student
 
 
@@ -103,6 +103,7 @@ def main(config: TrainConfig) -> None:
     coupled = CoupledModel(student, bridges, dense, config.loss)
     num_steps = steps_needed(config, accelerator)
     train_tokens = train_student(config, accelerator, coupled, train, num_steps)
+    student.set_activation_frac(config.student.activation_frac)
     measure_energies_(dense, student, bridges, train.first(32))
     if accelerator.is_main_process:
         save_results(config, dense, student.eval(), bridges, held_out, initial, train_tokens)
@@ -185,6 +186,9 @@ def train_student(
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
         ).to(accelerator.device)
+        if config.student.activation_frac is not None:
+            frac = anneal(config.sparsity, config.student.activation_frac, step + 1, num_steps)
+            student.set_activation_frac(frac)
         losses = model(batch, seed=config.seed, step=step)
         accelerator.backward(losses.total)
         accelerator.clip_grad_norm_(coupled.parameters(), config.max_grad_norm)
@@ -194,7 +198,7 @@ def train_student(
         if (step + 1) % config.logging_steps == 0 or step + 1 == num_steps:
             row = summarise(losses, accelerator)
             if not all(abs(value) < float("inf") for value in row.values()):
-                raise InputError(f"step {step + 1}: loss is not finite ({row}); lower learning_rate")
+                raise DivergedError(f"step {step + 1}: loss is not finite ({row}); lower learning_rate")
             seconds = (time.monotonic() - started) / (step + 1 - first_step)
             metrics.write({"step": step + 1, "density": density, **row})
             bar.set_postfix(

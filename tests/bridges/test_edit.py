@@ -187,6 +187,7 @@ def test_dense_model_is_not_part_of_the_coupled_model(dense, pair, tokens) -> No
 def test_coupled_model_trains_every_option(dense, tokens) -> None:
     shape = StudentShape(activation_frac=0.5, attention_sink=True, bigram_table=True)
     student, bridges = make_student(dense, shape, ROTATIONS["turned"])
+    student.set_activation_frac(0.5)
     coupled = CoupledModel(student, bridges, dense, LossConfig())
     coupled(tokens, seed=0, step=1).total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in coupled.parameters())

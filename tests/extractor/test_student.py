@@ -86,6 +86,16 @@ def test_left_padding_changes_nothing(model: Student, tokens: torch.Tensor) -> N
     torch.testing.assert_close(logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_bf16_weights_and_autocast_run_and_agree(model: Student, tokens: torch.Tensor) -> None:
+    exact = model(tokens).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = model(tokens).logits
+    in_bf16 = model.to(torch.bfloat16)(tokens).logits
+    for logits in (under_autocast, in_bf16):
+        if model.config.activation_frac is None:  # near-ties in AbsTopK may fall otherwise
+            assert (logits - exact).abs().max() < 0.1 * exact.abs().max()
+
+
 def test_saved_student_loads_with_auto_class_and_keeps_zeros(model: Student, tmp_path, tokens) -> None:
     with torch.no_grad():
         model.layers[0].mlp.up_proj.weight[:, ::2] = 0
@@ -110,6 +120,17 @@ def test_abs_topk_holds_at_every_node(tokens: torch.Tensor) -> None:
     for address, activation in recorder.activations.items():
         kept = activation.count_nonzero(dim=-1)
         assert (kept == activation.shape[-1] // 4).all(), address
+
+
+def test_abs_topk_can_be_changed_and_is_saved(student: Student, tokens: torch.Tensor, tmp_path) -> None:
+    before = student(tokens).logits
+    student.set_activation_frac(0.25)
+    student.save_pretrained(tmp_path)
+    sparse = student(tokens).logits
+    assert not torch.equal(sparse, before)
+    assert torch.equal(Student.from_pretrained(tmp_path)(tokens).logits, sparse)
+    student.set_activation_frac(None)
+    assert torch.equal(student(tokens).logits, before)
 
 
 @pytest.mark.parametrize("name", ["0.resid_pre", "11.resid_mid"])

@@ -135,6 +135,25 @@ def test_view_at_density_one_is_exact_and_untrained(tiny_checkpoint, tmp_path, m
     assert max(abs(v) for row in evaluation["bridges"].values() for v in row.values()) < 1e-5
 
 
+def test_abs_topk_anneals_from_an_exact_copy(tiny_checkpoint, tmp_path, monkeypatch) -> None:
+    run = tmp_path / "topk"
+    run_in_process(
+        monkeypatch,
+        "train",
+        "--dense",
+        tiny_checkpoint,
+        "--run",
+        run,
+        *TRAIN,
+        "--student.activation_frac",
+        "0.25",
+    )
+    student = json.loads((run / "evaluation.json").read_text())["student"]
+    assert student["init_kl_dense"] <= 1e-6
+    assert student["activation_frac"] == 0.25
+    assert json.loads((run / "student" / "config.json").read_text())["activation_frac"] == 0.25
+
+
 def test_a_finished_run_is_kept_and_another_config_refused(
     trained, tiny_checkpoint, monkeypatch, capsys
 ) -> None:
@@ -147,6 +166,17 @@ def test_a_finished_run_is_kept_and_another_config_refused(
         run_in_process(monkeypatch, "train", *arguments, "--learning_rate", "0.5")
     assert stopped.value.code == 3
     assert "holds a run with another config" in capsys.readouterr().err
+
+
+def test_divergence_ends_in_its_own_code(tiny_checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    run = tmp_path / "diverged"
+    with pytest.raises(SystemExit) as stopped:
+        run_in_process(
+            monkeypatch, "train", "--dense", tiny_checkpoint, "--run", run, *TRAIN, "--learning_rate", "1e30"
+        )
+    assert stopped.value.code == 5
+    assert "loss is not finite" in capsys.readouterr().err
+    assert not (run / "student").exists()
 
 
 # --- processes ---------------------------------------------------------------------------------------------
