@@ -75,6 +75,21 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     os.replace(temporary, path)
 
 
+def claim_run_folder(run: Path, config: str, *, is_writer: bool) -> None:
+    """Write `config.yaml`, so that the folder belongs to this config; `is_writer` on one process only.
+
+    Raises:
+        InputError: the folder belongs to another config.
+    """
+    path = run / "config.yaml"
+    if path.is_file() and path.read_text(encoding="utf-8") != config:
+        raise InputError(
+            f"run folder '{run}' holds a run with another config; give another folder, or remove it"
+        )
+    if is_writer:
+        write_text(path, config)
+
+
 def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as stream:

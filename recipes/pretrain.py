@@ -19,10 +19,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from extractor.artifacts import load_checkpoint, replace_folder, save_checkpoint, write_text
+from extractor.artifacts import (
+    claim_run_folder,
+    load_checkpoint,
+    replace_folder,
+    save_checkpoint,
+    write_text,
+)
 from extractor.config import Config, dump_config, run_recipe
-from extractor.data import DataConfig, TokenBlocks, iter_texts, load_blocks
-from extractor.machine import mixed_precision, use_all_cores
+from extractor.data import DataConfig, TokenBlocks, find_documents, iter_texts, load_blocks
+from extractor.errors import UsageError
+from extractor.machine import mixed_precision, start_processes, use_all_cores
 
 END_OF_TEXT = "<|endoftext|>"
 # Words (with underscores), short digit runs and punctuation runs, each with one leading space; white
@@ -56,8 +63,13 @@ class PretrainConfig(Config):
 
 def main(config: PretrainConfig) -> None:
     use_all_cores()
+    if config.n_embd % config.n_head:
+        raise UsageError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+    start_processes()
     set_seed(config.seed)
-    accelerator = Accelerator(mixed_precision=mixed_precision("auto"))
+    accelerator = Accelerator(mixed_precision=mixed_precision("auto"), cpu=not torch.cuda.is_available())
+    find_documents(config.data)  # refuse a missing folder before anything is written
+    claim_run_folder(config.output_dir, dump_config(config), is_writer=accelerator.is_main_process)
     tokenizer = load_or_train_tokenizer(config, accelerator)
     train = load_blocks(config.data, tokenizer, "train", max_tokens=config.max_tokens)
     held_out = load_blocks(config.data, tokenizer, "held_out", max_tokens=2_000_000)
@@ -69,7 +81,7 @@ def main(config: PretrainConfig) -> None:
         weight_decay=config.weight_decay,
         fused=True,
     )
-    first_step = load_checkpoint(config.output_dir, model, optimizer)
+    first_step = load_checkpoint(config.output_dir / "checkpoints", model, optimizer)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     tokens_per_step = config.per_device_train_batch_size * config.data.context_length
     tokens_per_step *= accelerator.num_processes
@@ -98,7 +110,7 @@ def main(config: PretrainConfig) -> None:
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % config.save_steps == 0 and accelerator.is_main_process:
-            save_checkpoint(config.output_dir, model, optimizer.optimizer, step + 1)
+            save_checkpoint(config.output_dir / "checkpoints", model, optimizer.optimizer, step + 1)
             held_out_loss = evaluate(wrapped, held_out, 32, accelerator.device)
             bar.write(f"step {step + 1}: {held_out_loss:.4f} nats/token held out")
     minutes = (time.monotonic() - started) / 60

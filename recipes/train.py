@@ -29,6 +29,7 @@ from bridges.evaluate import compare_on_text, evaluate_bridges, measure_energies
 from bridges.warm_start import StudentShape, make_student
 from extractor.artifacts import (
     SCHEMA_VERSION,
+    claim_run_folder,
     load_checkpoint,
     replace_folder,
     save_checkpoint,
@@ -38,7 +39,7 @@ from extractor.artifacts import (
 )
 from extractor.config import Config, dump_config, run_recipe
 from extractor.data import DataConfig, load_blocks
-from extractor.errors import DivergedError, InputError
+from extractor.errors import DivergedError
 from extractor.machine import Precision, mixed_precision, start_processes, use_all_cores
 from extractor.rotation import RotationConfig
 from extractor.sparsity import SparsityConfig, WeightSparsifier, anneal, num_kept
@@ -85,7 +86,7 @@ def main(config: TrainConfig) -> None:
     train = load_blocks(config.data, dense.tokenizer, "train", max_tokens=config.max_train_tokens)
     held_out_tokens = config.eval_blocks * config.data.context_length
     held_out = load_blocks(config.data, dense.tokenizer, "held_out", max_tokens=held_out_tokens)
-    claim_run_folder(config, accelerator)
+    claim_run_folder(config.run, dump_config(config), is_writer=accelerator.is_main_process)
     if (config.run / "evaluation.json").is_file():
         accelerator.print(f"'{config.run}' is already trained with this config; nothing to do")
         return
@@ -119,20 +120,6 @@ def main(config: TrainConfig) -> None:
             seed=config.seed,
         )
     accelerator.wait_for_everyone()
-
-
-def claim_run_folder(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Write config.yaml, or refuse a folder that belongs to another config."""
-    path = config.run / "config.yaml"
-    text = dump_config(config)
-    if path.is_file() and path.read_text() != text:
-        raise InputError(
-            f"run folder '{config.run}' holds a run with another config; "
-            "give another --run, or remove the folder"
-        )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_text(path, text)
 
 
 def steps_needed(config: TrainConfig, accelerator: Accelerator) -> int:

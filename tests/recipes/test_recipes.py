@@ -15,6 +15,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from bridges.dense import DenseModel
 from extractor.circuit import Circuit
 from tests.conftest import ROOT
 
@@ -177,6 +178,27 @@ def test_divergence_ends_in_its_own_code(tiny_checkpoint, tmp_path, monkeypatch,
     assert stopped.value.code == 5
     assert "loss is not finite" in capsys.readouterr().err
     assert not (run / "student").exists()
+
+
+PRETRAIN = [
+    *SMALL_TEXT, "--vocab_size", "320", "--tokenizer_documents", "20", "--n_layer", "1", "--n_embd", "16",
+    "--n_head", "2", "--max_tokens", "20000", "--max_steps", "4", "--per_device_train_batch_size", "4",
+    "--save_steps", "2", "--eval_blocks", "8",
+]  # fmt: skip
+
+
+def test_pretraining_gives_a_checkpoint_that_train_can_start_from(tmp_path, monkeypatch, capsys) -> None:
+    run_in_process(monkeypatch, "pretrain", *PRETRAIN, "--output_dir", tmp_path / "p")
+    folder = tmp_path / "p" / "dense"
+    assert "nats/token" in (folder / "README.md").read_text()
+    dense = DenseModel.from_pretrained(folder)
+    assert len(dense.tokenizer) == 320
+    assert dense.config.model_type == "gpt2"
+    with pytest.raises(SystemExit) as stopped:
+        run_in_process(monkeypatch, "pretrain", *PRETRAIN, "--output_dir", tmp_path / "q", "--n_head", "3")
+    assert stopped.value.code == 2
+    assert "n_embd 16 is not a multiple of n_head 3" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()
 
 
 # --- processes ---------------------------------------------------------------------------------------------
