@@ -21,13 +21,12 @@ def test_ci_takes_its_two_commands_from_the_readme() -> None:
 def test_every_file_in_the_tree_exists() -> None:
     tree = re.search(r"## The tree\n+```\n(.*?)```", README, flags=re.DOTALL).group(1)
     folder = ROOT
-    for line in tree.splitlines():
-        name = line.split()[0] if line.strip() else ""
-        if name.endswith("/"):
+    for line in filter(str.strip, tree.splitlines()):
+        name = line.split()[0]
+        if not line.startswith(" "):
             folder = ROOT / name
-            assert folder.is_dir(), name
-        elif name:
-            assert (folder / name).exists(), f"{folder.name}/{name}"
+        path = folder / name if line.startswith(" ") else folder
+        assert path.exists(), path.relative_to(ROOT)
 
 
 def test_every_launch_line_names_files_that_exist() -> None:
