@@ -43,7 +43,7 @@ class EditConfig(Config):
     """Nodes per site, best ranked first, among which the greedy search chooses."""
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0)
     """Strengths measured on held-out prompts; 1 is the counterfactual's own value."""
-    goal: float = Field(0.9, gt=0, le=1)
+    goal: float = Field(0.97, gt=0, le=1)
     """Indirect flip rate on training prompts, at half or full strength, that ends the search."""
     sites_tried: int = Field(2, ge=1)
     """Sites at which nodes are searched for, most promising first."""

@@ -56,7 +56,7 @@ class TrainConfig(Config):
     rotation: RotationConfig = RotationConfig()
     sparsity: SparsityConfig = SparsityConfig()
     loss: LossConfig = LossConfig()
-    max_steps: int = Field(380, ge=0)
+    max_steps: int = Field(540, ge=0)
     per_device_train_batch_size: int = Field(16, ge=1)
     learning_rate: float = Field(4e-3, gt=0)
     warmup_steps: int = Field(20, ge=0)
@@ -64,7 +64,7 @@ class TrainConfig(Config):
     max_grad_norm: float = Field(1.0, gt=0)
     max_train_tokens: int = Field(2_000_000, ge=1)
     """Text read before the first repetition."""
-    eval_blocks: int = Field(128, ge=1)
+    eval_blocks: int = Field(512, ge=1)
     """Held-out blocks for the losses."""
     bridge_eval_blocks: int = Field(32, ge=1)
     """Held-out blocks for the per-site table, which runs every single-switch pass."""
