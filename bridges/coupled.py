@@ -74,9 +74,9 @@ class CoupledModel(nn.Module):
             run = self.dense.run(input_ids)
             reference = log_probs(run.logits)
         recorder = Recorder(*map(str, self.bridges.sites))
-        logits = self.student(input_ids, tap=recorder).logits
-        ce = cross_entropy(logits, input_ids)
-        kl = kl_divergence(reference, logits)
+        own = log_probs(self.student(input_ids, tap=recorder).logits)
+        ce = cross_entropy(own, input_ids)
+        kl = kl_divergence(reference, own)
 
         dense_resid = {site: self.bridges.centred(x) for site, x in run.resid.items()}
         nmse = self._nmse(dense_resid, recorder)
@@ -115,9 +115,9 @@ class CoupledModel(nn.Module):
     def _dense_to_sparse(self, ids: Tensor, reference: Tensor, site: Site, resid: Tensor) -> Tensor:
         """KL(dense || student run from the encoded dense stream)."""
         encoded = self.bridges[site].encode(resid)
-        return kl_divergence(reference, self.student(ids, start=site, resid=encoded).logits)
+        return kl_divergence(reference, log_probs(self.student(ids, start=site, resid=encoded).logits))
 
     def _sparse_to_dense(self, reference: Tensor, site: Site, resid: Tensor) -> Tensor:
         """KL(dense || dense run from the decoded sparse stream)."""
         decoded = self.bridges[site].decode(resid)
-        return kl_divergence(reference, self.dense.run_from(site, decoded))
+        return kl_divergence(reference, log_probs(self.dense.run_from(site, decoded)))

@@ -176,8 +176,7 @@ def choose_edit(
     at_sites.sort(key=lambda scored: -scored[0])
     best: tuple[tuple[bool, int, float], Edit] | None = None
     for _, everything in at_sites[: config.sites_tried]:
-        edit = _grow(streams, everything, bridges, config)
-        rates = _training_rates(streams, edit, config)
+        edit, rates = _grow(streams, everything, bridges, config)
         reached = max(rates) >= config.goal
         score = (reached, -len(edit.nodes) if reached else 0, sum(rates))
         if best is None or score > best[0]:
@@ -192,11 +191,14 @@ def _training_rates(streams: PromptStreams, edit: Edit, config: EditConfig) -> l
 
 
 @torch.no_grad()
-def _grow(streams: PromptStreams, everything: Edit, bridges: BridgeSet, config: EditConfig) -> Edit:
+def _grow(
+    streams: PromptStreams, everything: Edit, bridges: BridgeSet, config: EditConfig
+) -> tuple[Edit, list[float]]:
     """Add the node that moves the answers furthest, until the goal or the largest size."""
     site, top = everything.site, max(config.strengths)
     left = rank_nodes(streams, everything, config)[: config.candidates]
     chosen: list[Node] = []
+    edit, rates = everything, [0.0]
     while left and len(chosen) < config.max_size:
 
         def answered(node: Node) -> float:
@@ -207,9 +209,10 @@ def _grow(streams: PromptStreams, everything: Edit, bridges: BridgeSet, config: 
         chosen.append(min(left, key=answered))
         left.remove(chosen[-1])
         edit = Edit.from_nodes(chosen, site, bridges)
-        if max(_training_rates(streams, edit, config)) >= config.goal:
+        rates = _training_rates(streams, edit, config)
+        if max(rates) >= config.goal:
             break
-    return Edit.from_nodes(chosen, site, bridges)
+    return edit, rates
 
 
 @torch.enable_grad()

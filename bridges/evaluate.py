@@ -26,10 +26,10 @@ def compare_on_text(
     sums: dict[str, float] = defaultdict(float)
     for ids in blocks.to(dense.device).split(EVAL_BATCH):
         reference = log_probs(dense.run(ids, record=False).logits)
-        logits = student(ids).logits
+        own = log_probs(student(ids).logits)
         sums["dense_ce"] += len(ids) * cross_entropy(reference, ids).item()
-        sums["ce"] += len(ids) * cross_entropy(logits, ids).item()
-        sums["kl_dense"] += len(ids) * kl_divergence(reference, logits).item()
+        sums["ce"] += len(ids) * cross_entropy(own, ids).item()
+        sums["kl_dense"] += len(ids) * kl_divergence(reference, own).item()
     return {key: value / len(blocks) for key, value in sums.items()}
 
 
@@ -52,8 +52,8 @@ def evaluate_bridges(
             row["dense_energy"] += mean_square(dense_resid).item()
             row["encode_error"] += mean_square(encoded - sparse_resid).item()
             row["decode_error"] += mean_square(decoded - dense_resid).item()
-            to_sparse = student(ids, start=site, resid=encoded).logits
-            to_dense = dense.run_from(site, decoded)
+            to_sparse = log_probs(student(ids, start=site, resid=encoded).logits)
+            to_dense = log_probs(dense.run_from(site, decoded))
             row["kl_dense_to_sparse"] += len(ids) * kl_divergence(reference, to_sparse).item()
             row["kl_sparse_to_dense"] += len(ids) * kl_divergence(reference, to_dense).item()
     return {

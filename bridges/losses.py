@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def cross_entropy(
-    logits: Float[Tensor, "batch seq vocab"], tokens: Int[Tensor, "batch seq"]
+    own: Float[Tensor, "batch seq vocab"], tokens: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, ""]:
-    """Mean next-token loss in nats/token; the last position has no target."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+    """Mean next-token loss of log-probabilities in nats/token; the last position has no target."""
+    return F.nll_loss(own[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def log_probs(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
@@ -18,11 +18,10 @@ def log_probs(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vo
 
 
 def kl_divergence(
-    reference: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]
+    reference: Float[Tensor, "*batch vocab"], own: Float[Tensor, "*batch vocab"]
 ) -> Float[Tensor, ""]:
-    """Mean KL(reference || softmax(logits)) in nats/token; `reference` holds log-probabilities."""
-    own = log_probs(logits).flatten(0, -2)
-    return F.kl_div(own, reference.flatten(0, -2), log_target=True, reduction="batchmean")
+    """Mean KL(reference || own) in nats/token; both hold log-probabilities."""
+    return F.kl_div(own.flatten(0, -2), reference.flatten(0, -2), log_target=True, reduction="batchmean")
 
 
 def normalised_mse(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from extractor.artifacts import SCHEMA_VERSION, read_json, write_json
 from extractor.errors import InputError
-from extractor.masks import Means
+from extractor.masks import Means, ablation_tap
 from extractor.sites import Node, Tap
 from extractor.student import Student
 
@@ -119,14 +119,7 @@ def keep_nodes(nodes: Collection[Node], means: Means, *, complement: bool = Fals
         gate = torch.full_like(mean, float(complement))
         gate[by_address[address]] = float(not complement)
         gates[address] = gate
-
-    def tap(address: str, activation: Tensor) -> Tensor:
-        if address not in gates:
-            return activation
-        gate = gates[address]
-        return torch.addcmul(means[address] * (1 - gate), gate, activation)
-
-    return tap
+    return ablation_tap(gates, means)
 
 
 def edges_between(student: Student, nodes: Collection[Node]) -> tuple[Edge, ...]:

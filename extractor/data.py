@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import sysconfig
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -95,15 +96,9 @@ class TokenBlocks:
         return int(_permutation(len(self.blocks), seed, epoch)[offset])
 
 
-_PERMUTATIONS: dict[tuple[int, int, int], np.ndarray] = {}
-
-
+@lru_cache(maxsize=2)
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    key = (count, seed, epoch)
-    if key not in _PERMUTATIONS:
-        _PERMUTATIONS.clear()
-        _PERMUTATIONS[key] = np.random.default_rng([seed, epoch]).permutation(count)
-    return _PERMUTATIONS[key]
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def find_documents(config: DataConfig) -> list[Document]:

@@ -11,6 +11,7 @@ Random circuits have the same number of nodes at every address.
 
 import random
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from extractor.circuit import Circuit, count_edges, keep_nodes
 from extractor.masks import Means
+from extractor.prune import calibrate
 from extractor.sites import Node, Tap, no_tap
 from extractor.student import Student
 from extractor.tasks import TaskBatch, accuracy, two_way_loss
@@ -60,45 +62,40 @@ def evaluate_circuit(
         "sufficiency": ((alone.mean() - floor.mean()) / gap).item() if defined else NO_GAP,
         "necessity": ((whole.mean() - without.mean()) / gap).item() if defined else NO_GAP,
         "accuracy_without": accuracy(without),
+        # A shifted preference can hide what is left, so also with its own best scale and shift.
+        "accuracy_without_calibrated": accuracy(calibrate(without)(without)),
         "loss_without": two_way_loss(without).item(),
         "student_accuracy": accuracy(whole),
         "student_loss": two_way_loss(whole).item(),
         "floor_accuracy": accuracy(floor),
         "num_prompts": len(held_out),
-        "random_circuits": _random_controls(
-            student, circuit, held_out, means, num_random=num_random, seed=seed
-        ),
+        "random_circuits": _random_controls(difference, circuit, means, num_random, seed),
     }
 
 
 def _random_controls(
-    student: Student,
-    circuit: Circuit,
-    held_out: TaskBatch,
-    means: Means,
-    *,
-    num_random: int,
-    seed: int,
+    difference: Callable[[Tap], Tensor], circuit: Circuit, means: Means, num_random: int, seed: int
 ) -> dict[str, object]:
-    """The same measurements on random circuits of the same size at every address."""
+    """The same measurements on random circuits of the same size at every address.
+
+    They are calibrated as the circuit is, even on the held-out prompts themselves, in their favour.
+    """
+    if num_random == 0:
+        return {"count": 0}
     rng = random.Random(seed)
-    alone, without, losses = [], [], []
+    alone, without = [], []
     for _ in range(num_random):
         nodes = random_nodes(circuit.nodes, means, rng)
-        for complement, into in ((False, alone), (True, without)):
-            tap = keep_nodes(nodes, means, complement=complement)
-            difference = held_out.logit_difference(student(held_out.ids, tap=tap).logits)
-            into.append(accuracy(difference))
-            if not complement:
-                losses.append(two_way_loss(difference).item())
-    if not alone:
-        return {"count": 0}
+        kept = difference(keep_nodes(nodes, means))
+        alone.append(calibrate(kept)(kept))
+        without.append(difference(keep_nodes(nodes, means, complement=True)))
+    accuracies = [accuracy(kept) for kept in alone]
     return {
         "count": num_random,
-        "accuracy_mean": sum(alone) / num_random,
-        "accuracy_max": max(alone),
-        "loss_min": min(losses),
-        "accuracy_without_mean": sum(without) / num_random,
+        "accuracy_mean": sum(accuracies) / num_random,
+        "accuracy_max": max(accuracies),
+        "loss_min": min(two_way_loss(kept).item() for kept in alone),
+        "accuracy_without_mean": sum(map(accuracy, without)) / num_random,
     }
 
 

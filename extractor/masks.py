@@ -30,6 +30,18 @@ def mean_activations(student: Student, blocks: Tensor, batch: int = 16) -> dict[
     return {address: total / blocks.numel() for address, total in sums.items()}
 
 
+def ablation_tap(gates: Means, means: Means) -> Tap:
+    """A tap that keeps a node as far as its gate is open and freezes the rest of it at its mean."""
+
+    def tap(address: str, activation: Tensor) -> Tensor:
+        if address not in gates:
+            return activation
+        gate = gates[address]
+        return torch.addcmul(means[address] * (1 - gate), gate, activation)
+
+    return tap
+
+
 class HeavisideStep(torch.autograd.Function):
     """1 where tau > 0, with the gradient of sigmoid(tau / temperature)."""
 
@@ -61,10 +73,9 @@ class NodeMask(nn.Module):
         super().__init__()
         self.means = dict(means)
         self.temperature = temperature
-        sizes = [len(mean) for mean in self.means.values()]
-        self.slices = dict(zip(self.means, torch.arange(sum(sizes)).split(sizes), strict=True))
+        num_nodes = sum(len(mean) for mean in self.means.values())
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(sum(sizes), generator=generator)
+        noise = torch.randn(num_nodes, generator=generator)
         device = next(iter(self.means.values())).device
         self.tau = nn.Parameter((init + init_noise * noise).clamp(-1, 1).to(device))
 
@@ -73,15 +84,12 @@ class NodeMask(nn.Module):
 
     def tap(self, gates: Float[Tensor, " node"]) -> Tap:
         """The student with these gates: kept nodes as they are, the others at their mean."""
-        by_address = {address: gates[index[0] : index[-1] + 1] for address, index in self.slices.items()}
+        return ablation_tap(self.by_address(gates), self.means)
 
-        def tap(address: str, activation: Tensor) -> Tensor:
-            if address not in by_address:
-                return activation
-            gate, mean = by_address[address], self.means[address]
-            return torch.addcmul(mean * (1 - gate), gate, activation)
-
-        return tap
+    def by_address(self, gates: Float[Tensor, " node"]) -> dict[str, Float[Tensor, " channel"]]:
+        """Gates of all nodes, cut up by address."""
+        sizes = [len(mean) for mean in self.means.values()]
+        return dict(zip(self.means, gates.split(sizes), strict=True))
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -100,7 +108,7 @@ class NodeMask(nn.Module):
     def nodes(self, gates: Float[Tensor, " node"]) -> frozenset[Node]:
         """The nodes that gates keep."""
         kept = set()
-        for address, index in self.slices.items():
-            channels = gates[index[0] : index[-1] + 1].nonzero()[:, 0].tolist()
+        for address, gate in self.by_address(gates).items():
+            channels = gate.nonzero()[:, 0].tolist()
             kept.update(Node(address, channel) for channel in channels)
         return frozenset(kept)

@@ -63,7 +63,6 @@ def main(config: AuditConfig) -> None:
     behaviour, exclusions = compare_behaviour(config, state.device)
     for name, tasks in behaviour.items():
         evaluation[name]["tasks"] = tasks
-    evaluation["student"]["afrac"] = evaluation["student"].pop("activation_frac")
     circuits = read_circuits(config.run)
     edits = read_edits(config.run)
     exclusions += [

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from pydantic import Field
@@ -19,6 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from bridges.losses import cross_entropy, log_probs
 from extractor.artifacts import (
     claim_run_folder,
     load_checkpoint,
@@ -102,7 +102,7 @@ def main(config: PretrainConfig) -> None:
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
         ).to(accelerator.device)
-        loss = next_token_loss(wrapped(batch, use_cache=False).logits, batch)
+        loss = cross_entropy(log_probs(wrapped(batch, use_cache=False).logits), batch)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -180,17 +180,12 @@ def learning_rate(step: int, config: PretrainConfig) -> float:
     return config.learning_rate * min(warm, left)
 
 
-def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross-entropy in nats."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, held_out: TokenBlocks, count: int, device: object) -> float:
     """Next-token loss on the first `count` held-out blocks, nats/token."""
     blocks = held_out.first(count).to(device)
     losses = [
-        next_token_loss(model(chunk, use_cache=False).logits, chunk).item() * len(chunk)
+        cross_entropy(log_probs(model(chunk, use_cache=False).logits), chunk).item() * len(chunk)
         for chunk in blocks.split(16)
     ]
     return math.fsum(losses) / len(blocks)

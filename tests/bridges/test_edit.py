@@ -197,8 +197,8 @@ def test_kl_and_nmse_by_hand() -> None:
     reference = torch.tensor([[[0.5, 0.5]]]).log()
     logits = torch.tensor([[[0.25, 0.75]]]).log()
     expected = 0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(torch.tensor(2 / 3))
-    assert kl_divergence(reference, logits).item() == pytest.approx(expected.item())
-    assert kl_divergence(log_probs(logits), logits).item() == pytest.approx(0)
+    assert kl_divergence(reference, log_probs(logits)).item() == pytest.approx(expected.item())
+    assert kl_divergence(log_probs(logits), log_probs(logits)).item() == pytest.approx(0)
     assert normalised_mse(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]), 4.0).item() == 0.5
 
 

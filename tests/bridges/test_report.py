@@ -46,7 +46,12 @@ def circuit() -> dict[str, Any]:
         **{"nodes": len(graph["nodes"]), "edges": len(graph["edges"])},
         **{"nodes_total": 4096, "edges_total": 123456, "loss": 0.1432, "accuracy": 0.956},
         **{"accuracy_interval": [0.923, 0.977], "sufficiency": 0.9312, "necessity": 0.8841},
-        **{"accuracy_without": 0.5123, "loss_without": 0.7012, "student_loss": 0.0921},
+        **{
+            "accuracy_without": 0.5123,
+            "accuracy_without_calibrated": 0.5391,
+            "loss_without": 0.7012,
+            "student_loss": 0.0921,
+        },
         **{"student_accuracy": 0.9789, "agreement": 0.9456, "num_prompts": 256},
         **{"target_loss": 0.15, "target": "answer", "ablation": "mean"},
         "random_circuits": {
@@ -88,7 +93,7 @@ def record(*tasks: str) -> dict[str, Any]:
         "dense": {"name": "dense-python-4l", "ce": 1.8765, "tasks": behaviour},
         "student": {
             **{"ce": 2.0123, "kl_dense": 0.1534, "init_kl_dense": 3.217, "density": 0.125},
-            **{"nonzeros": 131072, "parameters": 1048576, "afrac": 0.25},
+            **{"nonzeros": 131072, "parameters": 1048576, "activation_frac": 0.25},
             "matrices": {"blocks.0.attn.q": {"shape": [256, 256], "nonzeros": 8192, "k": 32}},
             "tasks": {task: {"accuracy": 0.9812, "loss": 0.0812} for task in tasks},
         },
