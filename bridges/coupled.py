@@ -12,6 +12,7 @@ number of sites: the same expectation at a third of the cost. Nothing is detache
 sum, so the student is also pulled towards what its bridges can carry.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bridges.bridge import BridgeSet
 from bridges.dense import DenseModel
@@ -40,7 +42,8 @@ class LossConfig(Config):
     hybrid: float = Field(0.5, ge=0)
     """KL of the passes that switch between the models once, averaged over sites."""
     hybrid_sites: Literal["sampled", "all"] = "sampled"
-    """One site per direction and step, or all of them."""
+    """One site per direction and step, or all of them; passes over all sites are run again in the
+    backward pass instead of being held."""
 
 
 class CoupledLosses(NamedTuple):
@@ -82,10 +85,13 @@ class CoupledModel(nn.Module):
         nmse = self._nmse(dense_resid, recorder)
         encode_sites, decode_sites = self._hybrid_sites(seed, step)
         to_sparse = torch.stack(
-            [self._dense_to_sparse(input_ids, reference, site, dense_resid[site]) for site in encode_sites]
+            [
+                self._run(self._dense_to_sparse, input_ids, reference, site, dense_resid[site])
+                for site in encode_sites
+            ]
         ).mean()
         to_dense = torch.stack(
-            [self._sparse_to_dense(reference, site, recorder[str(site)]) for site in decode_sites]
+            [self._run(self._sparse_to_dense, reference, site, recorder[str(site)]) for site in decode_sites]
         ).mean()
         config = self.config
         total = config.ce * ce + config.kl * kl + config.nmse * nmse
@@ -111,6 +117,12 @@ class CoupledModel(nn.Module):
             return list(all_sites), list(all_sites)
         chosen = np.random.default_rng([seed, step]).integers(len(all_sites), size=2)
         return [all_sites[chosen[0]]], [all_sites[chosen[1]]]
+
+    def _run(self, hybrid_pass: Callable[..., Tensor], *args: object) -> Tensor:
+        """Over all sites, passes free what they have used: each is run again when its gradient is due."""
+        if self.config.hybrid_sites == "all" and torch.is_grad_enabled():
+            return checkpoint(hybrid_pass, *args, use_reentrant=False)
+        return hybrid_pass(*args)
 
     def _dense_to_sparse(self, ids: Tensor, reference: Tensor, site: Site, resid: Tensor) -> Tensor:
         """KL(dense || student run from the encoded dense stream)."""

@@ -1,62 +1,40 @@
 """The frozen dense checkpoint, seen through its sites.
 
 One adapter of forward hooks; no Hugging Face forward is written again. A family is a few attribute
-names (`FAMILIES`): where its blocks are, which norm reads the stream before the MLP, and so on.
+names (`bridges.families`): where its blocks are, which module reads the stream after attention, and so on.
 
-- record:  hooks keep the block's input (resid_pre) and the MLP norm's input (resid_mid).
+- record:  hooks keep the block's input (resid_pre) and the input of what reads it next (resid_mid).
 - run_from: blocks before the site become the identity, the site's block takes the given stream, and
            for resid_mid its attention writes zero; the rest is the model's own forward.
-- adding:  hooks add a delta at a site, and may take it out again before the final norm, so that only
-           what later blocks make of it counts (the indirect effect).
+- adding:  hooks add a delta at a site, also under `generate()` with its cache, and may take it out again
+           before the final norm, so that only what later blocks make of it counts (the indirect effect).
+
+Blocks whose attention and MLP read the same stream have no resid_mid.
 
 At load the model proves the adapter on itself: replacing every site by its own recording must leave
 the logits as they are, or nothing goes on.
 """
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from extractor.artifacts import fingerprint
-from extractor.errors import InputError, UnsupportedModelError
+from bridges.checkpoint import DenseConfig, load_dense
+from bridges.families import family_of, removes_mean
+from extractor.errors import UnsupportedModelError
 from extractor.machine import attend
 from extractor.sites import Site, sites
 
 ATTENTION = "sparsebridge_sdpa"
-SELF_CHECK_TOLERANCE = 1e-5  # of the largest logit; the same numbers in the same order differ by 0
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family keeps what the adapter hooks, as attribute paths."""
-
-    blocks: str
-    attention: str
-    mlp_norm: str
-    final_norm: str
-    # LayerNorm removes the mean of the stream, so the mean carries nothing.
-    removes_mean: bool
-
-
-FAMILIES = {
-    "gpt2": Family("transformer.h", "attn", "ln_2", "transformer.ln_f", removes_mean=True),
-}
+SELF_CHECK_TOLERANCE = 1e-5  # of the largest value; the same numbers in the same order differ by 0
 
 
 @dataclass(frozen=True)
@@ -77,62 +55,72 @@ class DenseModel:
         *,
         name: str = "in memory",
         sha256: str = "none",
+        facts: dict[str, object] | None = None,
+        allow_unlisted: bool = False,
     ):
-        self.family = _family(model.config.model_type)
+        self.family = family_of(model, allow_unlisted)
+        self.layout = self.family.layout
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.sha256 = sha256
+        self.facts = facts or {}
         self.config = model.config
-        self.blocks: nn.ModuleList = model.get_submodule(self.family.blocks)
-        self.final_norm = model.get_submodule(self.family.final_norm)
-        self.sites = sites(len(self.blocks))
+        self.blocks: nn.ModuleList = model.get_submodule(self.layout.blocks)
+        self.final_norm = model.get_submodule(self.layout.final_norm)
+        self.is_parallel = self.layout.is_parallel(model.config)
+        self.sites = sites(len(self.blocks), parallel=self.is_parallel)
+        self.removes_mean = removes_mean(self.final_norm, self.width, model.device)
+        # What blocks and attentions return: a tensor, or a tuple that begins with one.
+        self._returns: dict[type[nn.Module], int | None] = {}
+        if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+            model.set_attn_implementation(ATTENTION)
         self.check()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> "DenseModel":
-        """Load a checkpoint folder in fp32 with its tokenizer.
+    def from_pretrained(
+        cls,
+        config: DenseConfig | str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        plain: bool = False,
+    ) -> "DenseModel":
+        """Load a checkpoint with its tokenizer and prove the adapter on it.
+
+        `plain` loads it unquantised and with its PEFT adapter merged, whatever the config says.
 
         Raises:
-            InputError: no such folder, no safetensors, damaged, missing or non-finite weights.
-            UnsupportedModelError: a family that is not in `FAMILIES`.
+            InputError: what cannot be trusted or does not fit (see `bridges.checkpoint`).
+            UnsupportedModelError: a family that is not listed, or fails the self-check.
         """
-        folder = Path(folder)
-        _check_folder(folder)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation=ATTENTION,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
+        if not isinstance(config, DenseConfig):
+            config = DenseConfig(path=str(config))
+        loaded = load_dense(config, device, plain=plain)
+        return cls(
+            loaded.model,
+            loaded.tokenizer,
+            name=loaded.name,
+            sha256=loaded.sha256,
+            facts=loaded.facts,
+            allow_unlisted=config.allow_unlisted,
         )
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[problem]:
-                raise InputError(
-                    f"'{folder}': {problem.replace('_', ' ')} {sorted(map(str, info[problem]))[:3]}"
-                    "; the weights do not fit the config"
-                )
-        _check_finite(folder, model)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if len(tokenizer) > model.config.vocab_size:
-            raise InputError(
-                f"'{folder}': the tokenizer has {len(tokenizer)} entries, the embedding "
-                f"{model.config.vocab_size}; this is not the checkpoint's own tokenizer"
-            )
-        return cls(model.to(device), tokenizer, name=str(folder), sha256=fingerprint(folder))
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    def run(self, input_ids: Int[Tensor, "batch seq"], record: bool = True) -> DenseRun:
-        """The model's own forward; with `record`, the residual stream at every site."""
+    @property
+    def width(self) -> int:
+        """Channels of the residual stream."""
+        return self.config.hidden_size
+
+    def run(self, input_ids: Int[Tensor, "batch seq"], record: bool | Collection[Site] = True) -> DenseRun:
+        """The model's own forward; keeps the residual stream at every site, at these, or at none."""
+        wanted = record if not isinstance(record, bool) else self.sites if record else ()
         resid: dict[Site, Tensor] = {}
         with ExitStack() as stack:
-            if record:
-                for site in self.sites:
-                    stack.enter_context(self._reading(site, resid))
+            for site in wanted:
+                stack.enter_context(self._reading(site, resid, input_ids.shape))
             logits = self.model(input_ids, use_cache=False).logits
         return DenseRun(logits, resid)
 
@@ -151,13 +139,12 @@ class DenseModel:
         block = self.blocks[site.layer]
         with ExitStack() as stack:
             for earlier in self.blocks[: site.layer]:
-                stack.enter_context(_forward_replaced(earlier, _return_input))
+                stack.enter_context(_forward_replaced(earlier, self._passing_on(earlier)))
             stack.enter_context(_hooked(block.register_forward_pre_hook(_replace_input(resid))))
             if site.stream == "resid_mid":
-                attention = getattr(block, self.family.attention)
-                stack.enter_context(_forward_replaced(attention, _write_nothing))
+                stack.enter_context(self._without_attention(block))
             if removed is not None:
-                hook = self.final_norm.register_forward_pre_hook(_add_to_input(-removed))
+                hook = self.final_norm.register_forward_pre_hook(_add_to_input(lambda x: -removed))
                 stack.enter_context(_hooked(hook))
             return self.model(inputs_embeds=resid, use_cache=False).logits
 
@@ -165,96 +152,143 @@ class DenseModel:
     def adding(
         self,
         site: Site,
-        delta: Float[Tensor, "batch seq d_dense"],
+        delta: Float[Tensor, "batch seq d_dense"] | Float[Tensor, " d_dense"],
         *,
         indirect: bool = False,
     ) -> Iterator[PreTrainedModel]:
         """The model with `delta` added to its residual stream at `site`.
 
-        With `indirect` the same delta is subtracted before the final norm (see `run_from`).
+        A delta with positions belongs to the first `seq` positions of each sequence, wherever a forward
+        starts: under `generate()` the positions that the cache has seen already are counted. One without
+        is added at every position. With `indirect` it is subtracted before the final norm (`run_from`).
         """
         block = self.blocks[site.layer]
+        seen = _PositionsSeen()
+
+        def part(resid: Tensor) -> Tensor:
+            return delta if delta.ndim == 1 else seen.part_of(delta, resid)
+
+        handles = [self.model.register_forward_pre_hook(seen, with_kwargs=True)]
+        if site.stream == "resid_pre":
+            handles.append(block.register_forward_pre_hook(_add_to_input(part)))
+        else:
+            # What reads the stream next sees the delta, and the block passes it on.
+            reader = block.get_submodule(self.layout.mid)
+            handles.append(reader.register_forward_pre_hook(_add_to_input(part)))
+            handles.append(block.register_forward_hook(_add_to_output(part)))
+        if indirect:
+            hook = _add_to_input(lambda resid: -part(resid))
+            handles.append(self.final_norm.register_forward_pre_hook(hook))
         with ExitStack() as stack:
-            if site.stream == "resid_pre":
-                hook = block.register_forward_pre_hook(_add_to_input(delta))
-            else:
-                attention = getattr(block, self.family.attention)
-                hook = attention.register_forward_hook(_add_to_output(delta))
-            stack.enter_context(_hooked(hook))
-            if indirect:
-                hook = self.final_norm.register_forward_pre_hook(_add_to_input(-delta))
-                stack.enter_context(_hooked(hook))
+            for handle in handles:
+                stack.enter_context(_hooked(handle))
             yield self.model
 
     @torch.no_grad()
     def check(self) -> None:
-        """Prove the adapter on a short input.
+        """Prove the adapter on a short input: the unhooked forward, and two more at most.
+
+        1. Every block's input is recorded and replaced by its recording: the same logits, bit for bit.
+        2. Every block gets its recorded resid_mid instead, without attention: what it passes on must be
+           the next site's recording. So a tail from any site ends in the same logits, by induction.
 
         Raises:
-            UnsupportedModelError: replacing a site by its own recording moves the logits.
+            UnsupportedModelError: a site's recording, put back, changes what follows.
         """
-        length = min(8, getattr(self.config, "max_position_embeddings", 8))
+        length = min(8, getattr(self.config, "max_position_embeddings", None) or 8)
         ids = torch.arange(1, 1 + length, device=self.device)[None] % self.config.vocab_size
-        plain = self.run(ids, record=False).logits
-        run = self.run(ids)
-        scale = plain.abs().max().item()
-        for site in self.sites:
-            moved = (self.run_from(site, run.resid[site]) - plain).abs().max().item()
-            # written so that a NaN fails, too
-            if not moved <= SELF_CHECK_TOLERANCE * scale:
-                raise UnsupportedModelError(
-                    f"{self.name}: replacing {site} by its own recording moves the logits by "
-                    f"{moved:.2e} (allowed {SELF_CHECK_TOLERANCE:.0e} of {scale:.2f})"
-                )
+        plain = self.model(ids, use_cache=False).logits
+        with ExitStack() as stack:
+            for module in (self.blocks[0], getattr(self.blocks[0], self.layout.attention)):
+                stack.enter_context(_hooked(module.register_forward_hook(self._note_output)))
+            for block in self.blocks:
+                stack.enter_context(_hooked(block.register_forward_pre_hook(_replace_input(None))))
+            run = self.run(ids)
+        if not torch.equal(run.logits, plain):
+            self._fail(f"recording {self.sites[0]} and later", run.logits, plain)
+        if not self.is_parallel:
+            self._check_mids(ids, run)
+        last = self.sites[-1]
+        self._compare(f"running the tail from {last}", self.run_from(last, run.resid[last]), plain)
+
+    def _check_mids(self, ids: Tensor, run: DenseRun) -> None:
+        mids = [site for site in self.sites if site.stream == "resid_mid"]
+        passed_on: dict[Site, Tensor] = {}
+        with ExitStack() as stack:
+            for site, block in zip(mids, self.blocks, strict=True):
+                mid = run.resid[site]
+                stack.enter_context(_hooked(block.register_forward_pre_hook(_replace_input(mid))))
+                stack.enter_context(self._without_attention(block))
+                hook = block.register_forward_hook(_keep_output(passed_on, site))
+                stack.enter_context(_hooked(hook))
+            logits = self.model(ids, use_cache=False).logits
+        for site in mids[:-1]:
+            following = Site(site.layer + 1, "resid_pre")
+            name = f"replacing {site} by its own recording"
+            self._compare(name, passed_on[site], run.resid[following])
+        self._compare(f"replacing {mids[-1]} by its own recording", logits, run.logits)
+
+    def _compare(self, what: str, got: Tensor, expected: Tensor) -> None:
+        moved = (got - expected).abs().max().item()
+        # written so that a NaN fails, too
+        if not moved <= SELF_CHECK_TOLERANCE * expected.abs().max().item():
+            self._fail(what, got, expected)
+
+    def _fail(self, what: str, got: Tensor, expected: Tensor) -> None:
+        moved, scale = (got - expected).abs().max().item(), expected.abs().max().item()
+        raise UnsupportedModelError(
+            f"{self.name} ({self.config.model_type}): {what} changes what follows by {moved:.2e} "
+            f"(allowed {SELF_CHECK_TOLERANCE:.0e} of {scale:.2f}); its residual stream is not where "
+            "the adapter looks for it"
+        )
 
     @contextmanager
-    def _reading(self, site: Site, into: dict[Site, Tensor]) -> Iterator[None]:
+    def _reading(self, site: Site, into: dict[Site, Tensor], shape: torch.Size) -> Iterator[None]:
         block = self.blocks[site.layer]
-        mid = site.stream == "resid_mid"
-        module = getattr(block, self.family.mlp_norm) if mid else block
+        module = block.get_submodule(self.layout.mid) if site.stream == "resid_mid" else block
 
         def keep(module: nn.Module, args: tuple) -> None:
-            into[site] = args[0]
+            into[site] = args[0].view(*shape, -1)  # OPT flattens the stream before its MLP
 
         with _hooked(module.register_forward_pre_hook(keep)):
             yield
 
+    def _note_output(self, module: nn.Module, args: tuple, output: object) -> None:
+        self._returns[type(module)] = len(output) if isinstance(output, tuple) else None
 
-def _family(model_type: str) -> Family:
-    if model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model family '{model_type}' is not supported; supported: {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[model_type]
+    def _like_output_of(self, module: nn.Module, hidden: Tensor) -> object:
+        count = self._returns[type(module)]
+        return hidden if count is None else (hidden, *[None] * (count - 1))
 
+    def _passing_on(self, block: nn.Module) -> Callable[..., object]:
+        return lambda hidden_states, *args, **kwargs: self._like_output_of(block, hidden_states)
 
-def _check_folder(folder: Path) -> None:
-    """Refuse what can be refused from the files alone, before any weight is read."""
-    if not (folder / "config.json").is_file():
-        raise InputError(f"dense checkpoint: no config.json in '{folder}'; give a Hugging Face model folder")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"'{folder}/config.json' is not valid JSON ({error})") from None
-    if "auto_map" in config:
-        raise InputError(f"'{folder}' asks to run its own code (auto_map); that is refused")
-    _family(str(config.get("model_type")))
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"'{folder}' has no .safetensors weights; pickled weights are refused")
-    for file in files:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except SafetensorError as error:
-            raise InputError(f"'{file}' is damaged ({error})") from None
+    def _without_attention(self, block: nn.Module) -> AbstractContextManager[None]:
+        attention = getattr(block, self.layout.attention)
+
+        def write_nothing(hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+            return self._like_output_of(attention, torch.zeros_like(hidden_states))
+
+        return _forward_replaced(attention, write_nothing)
 
 
-def _check_finite(folder: Path, model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        bad = parameter.numel() - int(parameter.isfinite().sum())
-        if bad:
-            raise InputError(f"'{folder}': {bad} values of '{name}' are NaN or infinite")
+class _PositionsSeen:
+    """Counts the positions that a cache holds before a forward, as a hook on the whole model."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        cache = kwargs.get("past_key_values")
+        self.count = cache.get_seq_length() if cache is not None else 0
+
+    def part_of(self, delta: Tensor, resid: Tensor) -> Tensor:
+        """The rows of `delta` that fall on this forward's positions, zeros after its end."""
+        batch, width = delta.shape[0], delta.shape[-1]
+        length = resid.numel() // (batch * width)
+        rows = delta[:, self.count : self.count + length]
+        missing = length - rows.shape[1]
+        return torch.nn.functional.pad(rows, (0, 0, 0, missing)).view_as(resid)
 
 
 def _attention(
@@ -296,21 +330,26 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iter
             module.forward = own
 
 
-def _return_input(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-    return hidden_states
+def _replace_input(value: Tensor | None) -> Callable[..., tuple]:
+    """Replace the first argument; with None by a copy of itself."""
+    return lambda module, args: (args[0].clone() if value is None else value, *args[1:])
 
 
-def _write_nothing(hidden_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, None]:
-    return torch.zeros_like(hidden_states), None
+def _add_to_input(delta: Callable[[Tensor], Tensor]) -> Callable[..., tuple]:
+    return lambda module, args: (args[0] + delta(args[0]), *args[1:])
 
 
-def _replace_input(value: Tensor) -> Callable[..., tuple]:
-    return lambda module, args: (value, *args[1:])
+def _add_to_output(delta: Callable[[Tensor], Tensor]) -> Callable[..., object]:
+    def add(module: nn.Module, args: tuple, output: object) -> object:
+        if isinstance(output, tuple):
+            return (output[0] + delta(output[0]), *output[1:])
+        return output + delta(output)
+
+    return add
 
 
-def _add_to_input(delta: Tensor) -> Callable[..., tuple]:
-    return lambda module, args: (args[0] + delta, *args[1:])
+def _keep_output(into: dict[Site, Tensor], site: Site) -> Callable[..., None]:
+    def keep(module: nn.Module, args: tuple, output: object) -> None:
+        into[site] = output[0] if isinstance(output, tuple) else output
 
-
-def _add_to_output(delta: Tensor) -> Callable[..., tuple]:
-    return lambda module, args, output: (output[0] + delta, *output[1:])
+    return keep

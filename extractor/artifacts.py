@@ -106,9 +106,14 @@ def folder_hashes(folder: Path) -> dict[str, str]:
 
 def fingerprint(folder: Path) -> str:
     """One hash for the weights in a folder: over the names and hashes of its safetensors files."""
+    return combine_hashes({path.name: file_sha256(path) for path in folder.glob("*.safetensors")})
+
+
+def combine_hashes(hashes: dict[str, str]) -> str:
+    """One hash over names and hashes, in the order of the names."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
+    for name, sha256 in sorted(hashes.items()):
+        digest.update(f"{name}:{sha256}\n".encode())
     return digest.hexdigest()
 
 

@@ -157,6 +157,8 @@ def weight_joins(student: Student) -> list[tuple[str, str, Tensor]]:
             ("mlp.act_in", "mlp.post_act", mlp.up_proj),
             ("mlp.post_act", "mlp.resid_delta", mlp.down_proj),
         )
+        if mlp.gate_proj is not None:
+            pairs += (("mlp.act_in", "mlp.post_act", mlp.gate_proj),)
         for source, target, linear in pairs:
             joins.append((f"{index}.{source}", f"{index}.{target}", linear.weight.detach()))
     return joins

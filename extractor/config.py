@@ -2,19 +2,21 @@
 
 A recipe is started as `recipes/<verb>.py --config x.yaml --some.key value` (or `--some.key=value`).
 Unknown keys are errors that name the nearest right one. `--print_config` shows the resolved config
-and exits; `--help` lists every key with its meaning and default.
+and exits; `--help` lists every key with its meaning and default. A config with a `shorthand` may be
+written as one value: `dense: folder` in YAML and `--dense folder` both set `dense.path`.
 """
 
 import difflib
+import shlex
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from extractor.errors import SparsebridgeError, UsageError
 
@@ -25,6 +27,14 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
     )
+    shorthand: ClassVar[str] = ""
+    """The key that a single value in the place of this config stands for; empty: there is none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, value: Any) -> Any:
+        is_short = cls.shorthand and isinstance(value, (str, Path))
+        return {cls.shorthand: str(value)} if is_short else value
 
 
 C = TypeVar("C", bound=Config)
@@ -65,8 +75,9 @@ def load_config(config_type: type[C], argv: Sequence[str]) -> C:
     origin = "command line"
     if config_path := overrides.pop("config", None):
         values, origin = _read_yaml(Path(config_path)), config_path
+    _spell_out_shorthands(config_type, values)
     for dotted, text in overrides.items():
-        _set_dotted(values, dotted, _parse_value(dotted, text))
+        _set_dotted(values, _full_key(config_type, dotted), _parse_value(dotted, text))
     _refuse_unknown_keys(config_type, values, prefix="", origin=origin)
     try:
         return config_type.model_validate(values)
@@ -79,6 +90,20 @@ def load_config(config_type: type[C], argv: Sequence[str]) -> C:
 def dump_config(config: Config) -> str:
     """The resolved config as YAML; reading it back gives the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def as_arguments(config: Config, prefix: str) -> str:
+    """The dotted overrides below `prefix` that make this config from its defaults, as a user types them.
+
+    The shorthand's key is always there, so that the line says what it is about.
+    """
+    words = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if name == config.shorthand or value != field.default:
+            text = value if isinstance(value, str) else yaml.safe_dump(value).split("\n")[0]
+            words += [f"--{prefix}.{name}", shlex.quote(text)]
+    return " ".join(words)
 
 
 def describe(config_type: type[Config], prefix: str = "") -> list[str]:
@@ -137,6 +162,30 @@ def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(values, dict):
             raise UsageError(f"--{dotted}: '{parent}' is a single value, it has no keys below it")
     values[last] = value
+
+
+def _spell_out_shorthands(config_type: type[Config], values: dict[str, Any]) -> None:
+    """Give every config that YAML wrote as one string its key, so that overrides can add others."""
+    for key, value in values.items():
+        nested = _nested(config_type, key)
+        if nested is not None and nested.shorthand and isinstance(value, str):
+            values[key] = {nested.shorthand: value}
+        elif nested is not None and isinstance(value, dict):
+            _spell_out_shorthands(nested, value)
+
+
+def _full_key(config_type: type[Config], dotted: str) -> str:
+    """The key that a dotted override sets: `dense` stands for `dense.path`."""
+    nested: type[Config] | None = config_type
+    for part in dotted.split("."):
+        nested = _nested(nested, part) if nested is not None else None
+    return f"{dotted}.{nested.shorthand}" if nested is not None and nested.shorthand else dotted
+
+
+def _nested(config_type: type[Config], key: Any) -> type[Config] | None:
+    """The Config class below a key, if the key is known and holds one."""
+    field = config_type.model_fields.get(key)
+    return _as_config(field.annotation) if field is not None else None
 
 
 def _refuse_unknown_keys(config_type: type[Config], values: dict[str, Any], prefix: str, origin: str) -> None:

@@ -1,25 +1,49 @@
 """Turn a student's free bases so that its matrices become sparse, without changing its function.
 
-With the norms' gains folded away, the residual stream may be turned by any orthogonal Q: reads
-W -> W Q, writes W -> Q^T W, embeddings E -> E Q. Inside a head, q and k may be turned together, and
-v with its columns of o. We look for the turns that minimise the L1 norm of the matrices (each scaled to
-unit RMS, so that all count alike), on sampled rows:
+We look for the turns (`extractor.turns`) that minimise the L1 norm of the matrices, each scaled to unit
+RMS, so that all count alike, on sampled rows:
 
 1. stream: rows = every read row, write column and embedding row, one Q for all of them;
-2. heads: one orthogonal map per head for (q, k) and one for (v, o); then again from 1, `rounds` times.
+2. heads: one orthogonal map per key/value head for (q, k) and one for (v, o); then again from 1, going on
+   from the turns found, `rounds` times.
 
 Each step is Adam on the skew-symmetric gradient followed by the Cayley map, which stays orthogonal; no
-matrix exponential. Related: DenoiseRotator (arXiv 2505.23049) learns rotations for compression.
+matrix exponential. A step turns every plane at once, also in a wide stream: steps on blocks of channels
+cost less each but do not find a basis whose directions are spread over all channels. All that is found is
+applied once, so a start read from the cache is bit for bit the one that was searched for.
+Related: DenoiseRotator (arXiv 2505.23049) learns rotations for compression.
 """
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import warnings
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from extractor.config import Config
 from extractor.student import Student
+from extractor.turns import (
+    Turns,
+    apply_turns_,
+    attention_matrices,
+    deviation,
+    identity_turns,
+    load_turns,
+    save_turns,
+    stream_matrices,
+    turn_heads,
+)
+
+ALGORITHM = 2  # to be raised whenever the same config would find other turns
 
 
 class RotationConfig(Config):
@@ -34,144 +58,177 @@ class RotationConfig(Config):
     rounds: int = Field(2, ge=1)
     sampled_rows: int = Field(4096, ge=1)
     """Rows looked at in a step."""
-    learning_rate: float = Field(0.02, gt=0)
-    """Largest turn of a step in radians per plane; falls linearly to zero."""
+    learning_rate: float = Field(0.2, gt=0)
+    """Largest turn of a step in radians per plane, times sqrt(width); falls linearly to zero."""
+    cache: bool = True
+    """Keep found turns below $SPARSEBRIDGE_CACHE (default ~/.cache/sparsebridge) for the next run."""
     seed: int = 0
 
 
 def rotate_(
-    student: Student, config: RotationConfig, show_progress: bool = False
+    student: Student, config: RotationConfig, cache_key: str | None = None, show_progress: bool = False
 ) -> Float[Tensor, "d_sparse d_sparse"]:
-    """Turn the student's bases in place; returns Q, so that new stream = old stream @ Q."""
-    width = student.config.hidden_size
-    total = torch.eye(width, dtype=torch.float64)
+    """Turn the student's bases in place; returns Q, so that new stream = old stream @ Q.
+
+    Args:
+        cache_key: names the weights that the student starts from; none: nothing is cached.
+    """
+    identity = torch.eye(student.config.hidden_size)
     if not config.enabled:
-        return total.float()
+        return identity
+    path = cache_file(student, config, cache_key) if config.cache and cache_key is not None else None
+    turns = load_turns(path, student.config) if path is not None else None
+    if turns is None:
+        turns = find_turns(student, config, show_progress)
+        if path is not None:
+            _try_to_save(path, turns)
+    apply_turns_(student, turns)
+    return identity if turns.stream is None else turns.stream.float()
+
+
+def cache_file(student: Student, config: RotationConfig, cache_key: str) -> Path:
+    """Where the turns for this start are kept: one file per weights, matrix shapes, config and algorithm."""
+    shapes = {name: list(matrix.shape) for name, matrix in student.sparse_matrices().items()}
+    identity = [ALGORITHM, cache_key, config.model_dump(mode="json", exclude={"cache"}), shapes]
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    root = os.environ.get("SPARSEBRIDGE_CACHE") or os.path.expanduser("~/.cache/sparsebridge")
+    return Path(root) / "rotations" / f"{name}.safetensors"
+
+
+def _try_to_save(path: Path, turns: Turns) -> None:
+    try:
+        save_turns(path, turns)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"found turns are not cached: '{path.parent}' ({error})", stacklevel=3)
+
+
+def find_turns(student: Student, config: RotationConfig, show_progress: bool = False) -> Turns:
+    """Search on the student's device; its weights stay as they are."""
     generator = torch.Generator().manual_seed(config.seed)
-    for round_ in range(config.rounds):
-        steps = config.stream_steps if round_ == 0 else config.stream_steps // 3
-        rows = torch.cat([_unit_rms(m) for m in _stream_rows(student)])[None]
-        turn = minimise_l1(rows, steps, config, generator, "rotate stream", show_progress)[0]
-        turn_stream_(student, turn)
-        total = total @ turn
-        for blocks, apply in ((_qk_blocks, turn_qk_), (_vo_blocks, turn_vo_)):
-            rows = blocks(student)
-            turns = minimise_l1(rows, config.head_steps, config, generator, "rotate heads", show_progress)
-            apply(student, turns)
-    return total.float()
+    turns = identity_turns(student.config)
+    # With a fixed stream no basis depends on another, so one round says it all.
+    for round_ in range(config.rounds if turns.stream is not None else 1):
+        if turns.stream is not None:
+            steps = config.stream_steps if round_ == 0 else config.stream_steps // 3
+            rows = _stream_rows(student, turns)
+            label = "rotate stream" if show_progress else None
+            found = minimise_l1(rows, turns.stream[None], steps, config, generator, label)
+            turns = dataclasses.replace(turns, stream=found[0])
+        for heads in ("qk", "vo"):
+            start = getattr(turns, heads)
+            if start is None:
+                continue
+            rows = _head_rows(student, turns, heads)
+            label = "rotate heads" if show_progress else None
+            found = minimise_l1(rows, start.flatten(0, 1), config.head_steps, config, generator, label)
+            turns = dataclasses.replace(turns, **{heads: found.view_as(start)})
+    return turns
+
+
+# --- the search ------------------------------------------------------------------------------------------
+
+
+class StackedRows:
+    """As many rows for each group, in one tensor."""
+
+    def __init__(self, rows: Float[Tensor, "group row d"]):
+        self.rows, self.device = rows, rows.device
+
+    def sample(self, count: int, generator: torch.Generator) -> Float[Tensor, "group row d"]:
+        total = self.rows.shape[1]
+        if total <= count:
+            return self.rows
+        return self.rows[:, torch.randint(total, (count,), generator=generator).to(self.device)]
+
+
+class ScatteredRows:
+    """One group's rows, left in the matrices where they lie: together they may be as large as the model."""
+
+    def __init__(self, matrices: list[Float[Tensor, "_ d"]]):
+        self.matrices, self.device = matrices, matrices[0].device
+        self.scales = [unit_rms(matrix) for matrix in matrices]
+        self.ends = torch.tensor(list(itertools.accumulate(len(matrix) for matrix in matrices)))
+
+    def sample(self, count: int, generator: torch.Generator) -> Float[Tensor, "1 row d"]:
+        total = int(self.ends[-1])
+        picks = torch.arange(total)
+        if total > count:
+            picks = torch.randint(total, (count,), generator=generator).sort().values
+        splits = torch.searchsorted(picks, self.ends).tolist()  # picks below each matrix's end
+        sampled = []
+        for number, (start, stop) in enumerate(itertools.pairwise([0, *splits])):
+            if start < stop:
+                matrix = self.matrices[number]
+                index = picks[start:stop] - (self.ends[number] - len(matrix))
+                sampled.append(matrix[index.to(self.device)].float() * self.scales[number])
+        return torch.cat(sampled)[None]
 
 
 def minimise_l1(
-    rows: Float[Tensor, "group row d"],
+    rows: StackedRows | ScatteredRows,
+    start: Float[Tensor, "group d d"],
     steps: int,
     config: RotationConfig,
     generator: torch.Generator,
-    label: str,
-    show_progress: bool,
+    label: str | None = None,
 ) -> Float[Tensor, "group d d"]:
     """Orthogonal Q per group (float64, orthogonal to 1e-12) that lowers mean |rows @ Q|."""
-    groups, count, width = rows.shape
-    q = torch.eye(width).expand(groups, width, width).clone()
-    eye = torch.eye(width)
-    first = torch.zeros_like(q)
-    second = torch.zeros_like(q)
-    for step in tqdm(range(steps), desc=label, disable=not show_progress, leave=False, mininterval=2):
-        sample = rows
-        if count > config.sampled_rows:
-            sample = rows[:, torch.randint(count, (config.sampled_rows,), generator=generator)]
-        gradient = sample.mT @ (sample @ q).sign() / sample.shape[1]
-        skew = q.mT @ gradient
+    width = start.shape[-1]
+    q = start.to(rows.device, torch.float32)
+    eye = torch.eye(width, device=rows.device)
+    first, second = torch.zeros_like(q), torch.zeros_like(q)
+    for step in tqdm(range(steps), desc=label, disable=label is None, leave=False, mininterval=2):
+        turned = rows.sample(config.sampled_rows, generator) @ q
+        # Gradient in q's own frame: q^T d|rows q|/dq, of which the skew part turns.
+        skew = turned.mT @ turned.sign() / turned.shape[1]
         skew = skew - skew.mT
         first = 0.9 * first + 0.1 * skew
         second = 0.99 * second + 0.01 * skew.square()
         adam = (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
         half = adam * (0.5 * config.learning_rate * (1 - step / steps) / width**0.5)
         q = q @ torch.linalg.solve(eye + half, eye - half)
-    u, _, vh = torch.linalg.svd(q.double())
-    return u @ vh
+    # Laid out as a file's tensors are: another layout would round other bits where it is applied.
+    return nearest_orthogonal(q.double()).cpu().contiguous()
 
 
-# --- exact turns of a student's weights ------------------------------------------------------------------
+def nearest_orthogonal(q: Float[Tensor, "group d d"]) -> Float[Tensor, "group d d"]:
+    """Polar factor of matrices that are nearly orthogonal: Newton-Schulz, two or three matmuls deep."""
+    for _ in range(10):
+        if deviation(q) < 1e-13:
+            break
+        q = 1.5 * q - 0.5 * q @ (q.mT @ q)
+    return q
 
 
-@torch.no_grad()
-def turn_stream_(student: Student, q: Float[Tensor, "d_sparse d_sparse"]) -> None:
-    """Residual stream x -> x @ q: reads, writes and embeddings follow; the function stays."""
-    for table in (student.embed_tokens, student.embed_positions, student.lm_head):
-        table.weight.copy_(table.weight.double() @ q)
-    for layer in student.layers:
-        for read in (layer.attn.q_proj, layer.attn.k_proj, layer.attn.v_proj, layer.mlp.up_proj):
-            read.weight.copy_(read.weight.double() @ q)
-        for write in (layer.attn.o_proj, layer.mlp.down_proj):
-            write.weight.copy_(q.mT @ write.weight.double())
-            write.bias.copy_(q.mT @ write.bias.double())
+def _stream_rows(student: Student, turns: Turns) -> ScatteredRows:
+    """Every matrix that reads or writes the stream; heads as turned so far, the stream as it was."""
+    matrices = []
+    for matrix in stream_matrices(student):
+        head_turns = turns.of_heads(matrix)
+        rows = matrix.rows()
+        if head_turns is not None:
+            rows = turn_heads(rows.float(), head_turns.to(rows.device, torch.float32))
+        matrices.append(rows)
+    return ScatteredRows(matrices)
 
 
-@torch.no_grad()
-def turn_qk_(student: Student, turns: Float[Tensor, "layer_head d_head d_head"]) -> None:
-    """Each head's q and k turned together: their dot products stay."""
-    for layer, layer_turns in zip(student.layers, _by_layer(student, turns), strict=True):
-        for read in (layer.attn.q_proj, layer.attn.k_proj):
-            _turn_outputs_(read, layer_turns)
+def _head_rows(student: Student, turns: Turns, heads: str) -> StackedRows:
+    """What each key/value head's turn acts on; the stream as turned so far, the heads as they were."""
+    layers = []
+    for layer in range(student.config.num_hidden_layers):
+        blocks = []
+        for matrix in attention_matrices(student, layer, heads):
+            rows = matrix.rows().float()
+            rows = rows * unit_rms(rows)
+            if turns.stream is not None:
+                rows = rows @ turns.stream.to(rows)
+            by_head = rows.unflatten(0, (student.config.num_key_value_heads, -1, student.config.head_dim))
+            blocks.append(by_head.mT.flatten(1, 2))  # (kv_head, head of its group * d_sparse, d_head)
+        layers.append(torch.cat(blocks, dim=1))
+    return StackedRows(torch.cat(layers))
 
 
-@torch.no_grad()
-def turn_vo_(student: Student, turns: Float[Tensor, "layer_head d_head d_head"]) -> None:
-    """Each head's v turned, and o's columns turned back."""
-    for layer, layer_turns in zip(student.layers, _by_layer(student, turns), strict=True):
-        _turn_outputs_(layer.attn.v_proj, layer_turns)
-        heads = layer.attn.o_proj.weight.double().unflatten(1, layer_turns.shape[:2])
-        turned = torch.einsum("ohi,hij->ohj", heads, layer_turns)
-        layer.attn.o_proj.weight.copy_(turned.flatten(1))
-
-
-def _turn_outputs_(linear: torch.nn.Linear, turns: Float[Tensor, "head d_head d_head"]) -> None:
-    weight = linear.weight.double().unflatten(0, turns.shape[:2])  # (head, d_head, d_in)
-    linear.weight.copy_((turns.mT @ weight).flatten(0, 1))
-    bias = linear.bias.double().unflatten(0, turns.shape[:2])
-    linear.bias.copy_(torch.einsum("hij,hi->hj", turns, bias).flatten())
-
-
-def _by_layer(student: Student, turns: Tensor) -> Tensor:
-    return turns.unflatten(0, (student.config.num_hidden_layers, -1))
-
-
-# --- rows to be made sparse ------------------------------------------------------------------------------
-
-
-def _stream_rows(student: Student) -> list[Float[Tensor, "row d_sparse"]]:
-    """Every matrix that reads or writes the stream, as rows in the stream's basis."""
-    tables = [student.embed_tokens, student.embed_positions, student.lm_head]
-    rows = [table.weight.detach() for table in tables]
-    for layer in student.layers:
-        reads = (layer.attn.q_proj, layer.attn.k_proj, layer.attn.v_proj, layer.mlp.up_proj)
-        rows += [read.weight.detach() for read in reads]
-        rows += [write.weight.detach().T for write in (layer.attn.o_proj, layer.mlp.down_proj)]
-    return rows
-
-
-def _qk_blocks(student: Student) -> Float[Tensor, "layer_head row d_head"]:
-    return torch.cat(
-        [
-            torch.cat([_head_rows(layer.attn.q_proj, student), _head_rows(layer.attn.k_proj, student)], 1)
-            for layer in student.layers
-        ]
-    )
-
-
-def _vo_blocks(student: Student) -> Float[Tensor, "layer_head row d_head"]:
-    blocks = []
-    for layer in student.layers:
-        write = _unit_rms(layer.attn.o_proj.weight.detach())  # (d_sparse, head * d_head)
-        write = write.unflatten(1, (-1, student.config.head_dim)).transpose(0, 1)
-        blocks.append(torch.cat([_head_rows(layer.attn.v_proj, student), write], 1))
-    return torch.cat(blocks)
-
-
-def _head_rows(linear: torch.nn.Linear, student: Student) -> Float[Tensor, "head d_sparse d_head"]:
-    weight = _unit_rms(linear.weight.detach())
-    return weight.unflatten(0, (-1, student.config.head_dim)).mT
-
-
-def _unit_rms(matrix: Tensor) -> Tensor:
-    return matrix / matrix.square().mean().sqrt()
+def unit_rms(matrix: Float[Tensor, "row d"]) -> Float[Tensor, ""]:
+    """The factor that gives a matrix unit RMS; turns do not change it. All-zero matrices stay zero."""
+    rms = torch.linalg.vector_norm(matrix, dtype=torch.float32) / matrix.numel() ** 0.5
+    return 1 / rms.clamp(min=torch.finfo(torch.float32).tiny)

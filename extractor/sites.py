@@ -101,9 +101,10 @@ class Node:
         return cls(address, int(channel))
 
 
-def sites(num_layers: int) -> tuple[Site, ...]:
-    """Every site of a model with sequential sublayers, in forward order."""
-    return tuple(Site.at(index) for index in range(2 * num_layers))
+def sites(num_layers: int, *, parallel: bool = False) -> tuple[Site, ...]:
+    """Every site in forward order; parallel sublayers read one stream, so there is no `resid_mid`."""
+    everything = (Site.at(index) for index in range(2 * num_layers))
+    return tuple(site for site in everything if not parallel or site.stream == "resid_pre")
 
 
 def node_addresses(num_layers: int) -> tuple[str, ...]:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from bridges.checkpoint import DenseConfig, check_same_tokenizer
 from bridges.dense import DenseModel
 from bridges.report import summary_rows, write_report
 from extractor.artifacts import SCHEMA_VERSION, environment, file_sha256, read_json
 from extractor.circuit import Circuit
-from extractor.config import Config, dump_config, run_recipe
+from extractor.config import Config, as_arguments, dump_config, run_recipe
 from extractor.errors import InputError
 from extractor.machine import start_processes, use_all_cores
 from extractor.student import load_student
@@ -46,8 +47,7 @@ class Thresholds(Config):
 class AuditConfig(Config):
     run: Path = Path("runs/python")
     """The run folder."""
-    dense: Path = Path("recipes/python/dense")
-    """The dense checkpoint the run was trained on."""
+    dense: DenseConfig = DenseConfig()
     thresholds: Thresholds = Thresholds()
     held_out_pairs: int = Field(64, ge=2)
     """Held-out pairs per task for the behaviour table, over every task the tokenizer allows."""
@@ -65,6 +65,9 @@ def main(config: AuditConfig) -> None:
         evaluation[name]["tasks"] = tasks
     circuits = read_circuits(config.run)
     edits = read_edits(config.run)
+    if all(site.endswith("resid_pre") for site in evaluation["bridges"]):
+        why = "its attention and MLP read the same stream (parallel residual)"
+        exclusions.append({"what": "sites between attention and MLP of the dense model", "why": why})
     exclusions += [
         {"what": f"edit for {task}", "why": "the circuit reads no residual channel at any site"}
         for task in circuits
@@ -95,8 +98,9 @@ def compare_behaviour(
     config: AuditConfig, device: torch.device
 ) -> tuple[dict[str, dict[str, dict[str, float]]], list[dict[str, str]]]:
     """Two-way accuracy and loss of both models on held-out prompts of every task."""
-    dense = DenseModel.from_pretrained(config.dense, device=device)
+    dense = DenseModel.from_pretrained(config.dense, device=device, plain=True)
     student, tokenizer = load_student(config.run / "student", device)
+    check_same_tokenizer(tokenizer, str(config.run / "student"), dense.tokenizer, dense.name)
     tables: dict[str, dict] = {"dense": {}, "student": {}}
     exclusions = []
     for task in task_names():
@@ -217,7 +221,7 @@ NOT_DONE = (
 
 def replay_lines(config: AuditConfig) -> str:
     """The commands that made this run, as a user types them."""
-    dense = f" --dense {config.dense}"
+    dense = f" {as_arguments(config.dense, 'dense')}"
     return "\n".join(
         f"accelerate launch recipes/{verb}.py --config recipes/python/{verb}.yaml --run {config.run}"
         + ("" if verb == "extract" else dense)

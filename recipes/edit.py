@@ -13,6 +13,7 @@ from pydantic import Field
 from tqdm.auto import tqdm
 
 from bridges.bridge import BridgeSet
+from bridges.checkpoint import DenseConfig, check_same_tokenizer
 from bridges.dense import DenseModel
 from bridges.edit import Edit, EditConfig, PromptStreams, choose_edit, measure_edit
 from extractor.artifacts import fingerprint, read_json, update_manifest
@@ -27,8 +28,7 @@ from extractor.tasks import encode_pairs, make_pairs
 class EditRecipeConfig(Config):
     run: Path = Path("runs/python")
     """The run folder of recipes/train.py and recipes/extract.py."""
-    dense: Path = Path("recipes/python/dense")
-    """The dense checkpoint the run was trained on."""
+    dense: DenseConfig = DenseConfig()
     tasks: tuple[str, ...] = ()
     """Which circuits; empty: all of the run."""
     edit: EditConfig = EditConfig()
@@ -42,8 +42,10 @@ def main(config: EditRecipeConfig) -> None:
     use_all_cores()
     state = start_processes()
     circuits = load_circuits(config)
-    dense = DenseModel.from_pretrained(config.dense, device=state.device)
+    # an edit is one of the model itself, so it is chosen and measured in full precision
+    dense = DenseModel.from_pretrained(config.dense, device=state.device, plain=True)
     student, tokenizer = load_student(config.run / "student", state.device)
+    check_same_tokenizer(tokenizer, str(config.run / "student"), dense.tokenizer, dense.name)
     bridges = BridgeSet.from_pretrained(config.run / "bridges").to(state.device)
     hashes = check_hashes(config, dense, circuits)
     mine = circuits[state.process_index :: state.num_processes]
@@ -96,7 +98,7 @@ def check_hashes(config: EditRecipeConfig, dense: DenseModel, circuits: list[Cir
     if header["dense_sha256"] != dense.sha256:
         raise InputError(
             f"the bridges in '{config.run}' were trained on a dense checkpoint with weights "
-            f"{header['dense_sha256'][:12]}, '{config.dense}' has {dense.sha256[:12]}"
+            f"{header['dense_sha256'][:12]}, '{dense.name}' has {dense.sha256[:12]}"
         )
     return {
         "dense_sha256": dense.sha256,

@@ -15,14 +15,17 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from pydantic import Field
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from bridges.bridge import BridgeSet
+from bridges.checkpoint import DenseConfig, probe_error
 from bridges.coupled import CoupledLosses, CoupledModel, LossConfig
 from bridges.dense import DenseModel
 from bridges.evaluate import compare_on_text, evaluate_bridges, measure_energies_
@@ -45,10 +48,11 @@ from extractor.rotation import RotationConfig
 from extractor.sparsity import SparsityConfig, WeightSparsifier, anneal, num_kept
 from extractor.student import Student
 
+PROBE_BLOCKS = 8  # for the error of a quantised dense model
+
 
 class TrainConfig(Config):
-    dense: Path = Path("recipes/python/dense")
-    """The dense checkpoint: a Hugging Face folder."""
+    dense: DenseConfig = DenseConfig()
     run: Path = Path("runs/python")
     """The run folder; must be new, or hold a run of the same config, which is then resumed."""
     data: DataConfig = DataConfig()
@@ -86,17 +90,22 @@ def main(config: TrainConfig) -> None:
     train = load_blocks(config.data, dense.tokenizer, "train", max_tokens=config.max_train_tokens)
     held_out_tokens = config.eval_blocks * config.data.context_length
     held_out = load_blocks(config.data, dense.tokenizer, "held_out", max_tokens=held_out_tokens)
-    claim_run_folder(config.run, dump_config(config), is_writer=accelerator.is_main_process)
+    # The hash too: a folder or a branch may hold other weights when a killed run goes on.
+    claim = f"{dump_config(config)}# dense sha256 {dense.sha256}\n"
+    claim_run_folder(config.run, claim, is_writer=accelerator.is_main_process)
     if (config.run / "evaluation.json").is_file():
         accelerator.print(f"'{config.run}' is already trained with this config; nothing to do")
         return
 
+    plain = load_plain(config, dense)
+    placement = measure_placement(dense, plain, held_out.first(PROBE_BLOCKS))
     student, bridges = make_student(
-        dense, config.student, config.rotation, show_progress=accelerator.is_main_process
+        plain, config.student, config.rotation, show_progress=accelerator.is_main_process
     )
     student, bridges = student.to(accelerator.device), bridges.to(accelerator.device)
     measure_energies_(dense, student, bridges, train.first(32))
-    initial = compare_on_text(dense, student, held_out.first(config.bridge_eval_blocks))
+    initial = compare_on_text(plain, student, held_out.first(config.bridge_eval_blocks))
+    del plain
     accelerator.print(
         f"student: {student.num_parameters():,} parameters, KL(dense || student) "
         f"{initial['kl_dense']:.1e} nats/token before training"
@@ -107,12 +116,12 @@ def main(config: TrainConfig) -> None:
     student.set_activation_frac(config.student.activation_frac)
     measure_energies_(dense, student, bridges, train.first(32))
     if accelerator.is_main_process:
-        save_results(config, dense, student.eval(), bridges, held_out, initial, train_tokens)
+        save_results(config, dense, student.eval(), bridges, held_out, initial, placement, train_tokens)
         update_manifest(
             config.run,
             "train",
             inputs={
-                "dense": {"folder": str(config.dense), "sha256": dense.sha256},
+                "dense": dense.facts,
                 "train_text_sha256": train.digest,
                 "held_out_text_sha256": held_out.digest,
             },
@@ -120,6 +129,24 @@ def main(config: TrainConfig) -> None:
             seed=config.seed,
         )
     accelerator.wait_for_everyone()
+
+
+def load_plain(config: TrainConfig, dense: DenseModel) -> DenseModel:
+    """The model whose weights a student can be copied from: in full precision, adapter merged."""
+    if dense.facts["quantization"] == "none" and dense.facts["adapter_mode"] != "live":
+        return dense
+    return DenseModel.from_pretrained(config.dense, device=dense.device, plain=True)
+
+
+@torch.no_grad()
+def measure_placement(dense: DenseModel, plain: DenseModel, blocks: Tensor) -> dict[str, Any]:
+    """How the dense model is held, and how far that is from its full precision on held-out text."""
+    kind = {key: dense.facts[key] for key in ("quantization", "adapter", "adapter_mode")}
+    if dense is plain:
+        return kind | {"probe_kl": 0.0, "probe_max_logit_error": 0.0}
+    ids = blocks.to(dense.device)
+    error = probe_error(dense.run(ids, record=False).logits, plain.run(ids, record=False).logits)
+    return kind | {"probe_kl": error["kl"], "probe_max_logit_error": error["max_logit"]}
 
 
 def steps_needed(config: TrainConfig, accelerator: Accelerator) -> int:
@@ -237,6 +264,7 @@ def save_results(
     bridges: BridgeSet,
     held_out,
     initial: dict[str, float],
+    placement: dict[str, Any],
     train_tokens: int,
 ) -> None:
     """Evaluate on held-out text; write student/, bridges/ and evaluation.json, drop checkpoints."""
@@ -253,7 +281,12 @@ def save_results(
     final = compare_on_text(dense, student, held_out.first(config.eval_blocks))
     evaluation = {
         "schema_version": SCHEMA_VERSION,
-        "dense": {"name": dense.name, "sha256": dense.sha256, "ce": final["dense_ce"]},
+        "dense": {
+            "name": dense.name,
+            "sha256": dense.sha256,
+            "ce": final["dense_ce"],
+            "placement": placement,
+        },
         "student": {
             "ce": final["ce"],
             "kl_dense": final["kl_dense"],

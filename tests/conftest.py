@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from bridges.dense import DenseModel
 from extractor.student import Student, StudentConfig
@@ -69,5 +69,20 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, shipped_tokenizer)
     """An untrained GPT-2 folder with the shipped tokenizer: what a recipe can start from in seconds."""
     folder = tmp_path_factory.mktemp("dense")
     tiny_gpt2(vocab_size=len(shipped_tokenizer), n_positions=64).save_pretrained(folder)
+    shipped_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_checkpoint(tmp_path_factory: pytest.TempPathFactory, shipped_tokenizer) -> Path:
+    """An untrained Llama folder with a padded vocabulary and widths that bitsandbytes has kernels for."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(shipped_tokenizer) + 16, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("llama") / "tiny-llama"
+    LlamaForCausalLM(config).save_pretrained(folder)
     shipped_tokenizer.save_pretrained(folder)
     return folder

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from bridges.bridge import BridgeSet
 from bridges.dense import DenseModel
@@ -11,6 +12,7 @@ from extractor.errors import InputError, UnsupportedModelError
 from extractor.rotation import RotationConfig
 from extractor.sites import Recorder
 from tests.conftest import tiny_gpt2
+from tests.families import tiny_model
 
 TURNED = RotationConfig(stream_steps=40, head_steps=20)
 AS_TRAINED = RotationConfig(enabled=False)
@@ -49,10 +51,48 @@ def test_narrower_than_the_dense_model_is_refused(dense: DenseModel) -> None:
         make_student(dense, StudentShape(hidden_size=16), AS_TRAINED)
 
 
-def test_unknown_attention_scale_is_refused() -> None:
-    dense = DenseModel(tiny_gpt2(scale_attn_by_inverse_layer_idx=True))
-    with pytest.raises(UnsupportedModelError, match="attention scale"):
+def test_heads_that_do_not_fill_a_group_are_refused() -> None:
+    dense = DenseModel(tiny_model("Llama"))  # 2 heads share a key and value
+    with pytest.raises(InputError, match="num_attention_heads is 5; 2 heads share .* a multiple of 2"):
+        make_student(dense, StudentShape(num_attention_heads=5), AS_TRAINED)
+
+
+@pytest.mark.parametrize(
+    "option", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}], ids=str
+)
+def test_other_attention_scales_are_folded(option: dict, tokens: torch.Tensor) -> None:
+    dense = DenseModel(tiny_gpt2(**option))
+    student, _ = make_student(dense, StudentShape(), AS_TRAINED)
+    assert abs(compare_on_text(dense, student, tokens)["kl_dense"]) <= 1e-6
+
+
+def test_an_option_the_student_does_not_have_is_refused_by_name() -> None:
+    model = tiny_model("Cohere")
+    config = type(model.config)(**{**model.config.to_dict(), "use_qk_norm": True})
+    dense = DenseModel(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(
+        UnsupportedModelError, match="'cohere' with LayerNorm on q and k; student.start random"
+    ):
         make_student(dense, StudentShape(), AS_TRAINED)
+
+
+def test_extra_channels_heads_and_neurons_learn(tokens: torch.Tensor, dense: DenseModel) -> None:
+    """Read at random and written as zero: gradients reach both; written and read as zero, neither."""
+    student, _ = make_student(dense, StudentShape(**WIDER), TURNED)
+    student(tokens, labels=tokens).loss.backward()
+    layer = student.layers[0]
+    assert layer.mlp.down_proj.weight.grad[:, 150:].any()  # what extra neurons write
+    assert layer.attn.o_proj.weight.grad[:, 34:].any()  # what extra heads write
+    assert layer.mlp.down_proj.weight.grad[33:].any()  # what is written to extra channels
+    assert student.embed_tokens.weight.grad[:, 33:].any()
+
+
+def test_a_narrower_random_student_is_allowed(dense: DenseModel, tokens: torch.Tensor) -> None:
+    shape = StudentShape(start="random", hidden_size=16, intermediate_size=20)
+    student, bridges = make_student(dense, shape, AS_TRAINED)
+    resid = dense.run(tokens).resid[dense.sites[1]]
+    assert bridges[dense.sites[1]].encode(resid).shape == (*tokens.shape, 16)
+    assert student(tokens).logits.shape[-1] == dense.config.vocab_size
 
 
 def test_bridges_round_trip(dense: DenseModel, tmp_path) -> None:

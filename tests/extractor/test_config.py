@@ -1,11 +1,13 @@
 """Configs: precedence, nearest names, one-line errors and exit codes."""
 
+import shlex
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from pydantic import Field
 
-from extractor.config import Config, dump_config, load_config, run_recipe
+from extractor.config import Config, as_arguments, dump_config, load_config, run_recipe
 from extractor.errors import InputError, UsageError
 
 
@@ -15,6 +17,13 @@ class Inner(Config):
     shape: str = "linear"
 
 
+class Place(Config):
+    shorthand: ClassVar[str] = "path"
+    path: str = "here"
+    mode: str | None = None
+    deep: bool = False
+
+
 class Outer(Config):
     run: Path = Path("runs/x")
     """Where."""
@@ -22,6 +31,7 @@ class Outer(Config):
     rate: float = 1e-3
     tasks: tuple[str, ...] = ()
     inner: Inner = Inner()
+    place: Place = Place()
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -47,6 +57,41 @@ def test_scientific_notation_is_a_number(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "argv", "place"),
+    [
+        ("place: there", [], Place(path="there")),
+        ("place: there", ["--place.mode", "b"], Place(path="there", mode="b")),
+        ("place: there", ["--place", "x"], Place(path="x")),
+        ("place: {mode: b}", ["--place", "x"], Place(path="x", mode="b")),
+        ("{}", ["--place", "x", "--place.deep", "true"], Place(path="x", deep=True)),
+        ("{}", ["--place.deep", "true", "--place", "x"], Place(path="x", deep=True)),
+    ],
+)
+def test_a_config_with_a_shorthand_may_be_one_value(
+    tmp_path, text: str, argv: list[str], place: Place
+) -> None:
+    config = load_config(Outer, ["--config", write(tmp_path, text), *argv])
+    assert config.place == place
+    assert load_config(Outer, ["--config", write(tmp_path, dump_config(config))]) == config
+
+
+def test_a_config_with_a_shorthand_may_be_one_value_in_code() -> None:
+    assert Outer(place="there").place == Outer(place=Path("there")).place == Place(path="there")
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        (Place(), "--place.path here"),
+        (Place(path="a b", mode="c", deep=True), "--place.path 'a b' --place.mode c --place.deep true"),
+    ],
+)
+def test_arguments_give_the_config_again(place: Place, line: str) -> None:
+    assert as_arguments(place, "place") == line
+    assert load_config(Outer, shlex.split(line)).place == place
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--stepps", "3"], "unknown key 'stepps'.*did you mean 'steps'"),
@@ -55,6 +100,9 @@ def test_scientific_notation_is_a_number(text: str) -> None:
         (["--inner.density", "1.5"], "inner.density: got 1.5"),
         (["--steps", "many"], "steps: got 'many'"),
         (["--steps.x", "1", "--steps", "2", "--steps.y", "1"], "it has no keys below it"),
+        (["--place.pth", "x"], "unknown key 'place.pth'.*did you mean 'place.path'"),
+        (["--place.path.x", "1"], "it has no keys below it|place.path: got"),
+        (["--place", "[1]"], "place.path: got .1."),
         (["--steps"], "--steps needs a value"),
         (["steps"], "unexpected argument 'steps'"),
         (["--config", "/nowhere.yaml"], "no file at '/nowhere.yaml'"),

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A run folder after train, extract, edit and audit."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        dense = ["--dense", tiny_checkpoint, "--run", run]
+        dense = ["--dense.path", tiny_checkpoint, "--run", run]
         run_in_process(monkeypatch, "train", *dense, *TRAIN)
         run_in_process(monkeypatch, "extract", "--run", run, *EXTRACT)
         run_in_process(monkeypatch, "edit", *dense, *EDIT)
@@ -120,7 +121,9 @@ def test_a_changed_artefact_is_not_reported_on(trained: Path, tiny_checkpoint, t
     path = copy / "circuits" / "with_as.json"
     path.write_text(path.read_text().replace("0.", "1.", 1))
     with pytest.raises(SystemExit) as stopped, pytest.MonkeyPatch.context() as monkeypatch:
-        run_in_process(monkeypatch, "audit", "--dense", tiny_checkpoint, "--run", copy, "--held_out_pairs", 4)
+        run_in_process(
+            monkeypatch, "audit", "--dense.path", tiny_checkpoint, "--run", copy, "--held_out_pairs", 4
+        )
     assert stopped.value.code == 3
     assert "is not the file that recipes/extract.py wrote" in capsys.readouterr().err
 
@@ -128,7 +131,15 @@ def test_a_changed_artefact_is_not_reported_on(trained: Path, tiny_checkpoint, t
 def test_view_at_density_one_is_exact_and_untrained(tiny_checkpoint, tmp_path, monkeypatch) -> None:
     run = tmp_path / "view"
     run_in_process(
-        monkeypatch, "train", "--dense", tiny_checkpoint, "--run", run, *TRAIN, "--sparsity.density", "1.0"
+        monkeypatch,
+        "train",
+        "--dense.path",
+        tiny_checkpoint,
+        "--run",
+        run,
+        *TRAIN,
+        "--sparsity.density",
+        "1.0",
     )
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert evaluation["student"]["train_tokens"] == 0
@@ -136,12 +147,75 @@ def test_view_at_density_one_is_exact_and_untrained(tiny_checkpoint, tmp_path, m
     assert max(abs(v) for row in evaluation["bridges"].values() for v in row.values()) < 1e-5
 
 
+def test_a_quantised_dense_model_is_trained_against_and_its_plain_self_copied(
+    tiny_llama_checkpoint, tmp_path, monkeypatch
+) -> None:
+    """The student starts as a copy of the plain weights; the distance of the quantised ones is recorded."""
+    run = tmp_path / "quantised"
+    dense = ["--dense", tiny_llama_checkpoint, "--dense.quantization", "8bit", "--run", run]
+    run_in_process(monkeypatch, "train", *dense, *TRAIN)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    placement = evaluation["dense"]["placement"]
+    assert (placement["quantization"], placement["adapter"]) == ("8bit", None)
+    assert 1e-7 < placement["probe_kl"] < 0.05
+    assert placement["probe_max_logit_error"] > 1e-3
+    assert evaluation["student"]["init_kl_dense"] <= 1e-6
+    inputs = json.loads((run / "manifest.json").read_text())["train"]["inputs"]["dense"]
+    plain = DenseModel.from_pretrained(tiny_llama_checkpoint)
+    assert inputs["sha256"] == evaluation["dense"]["sha256"] == plain.sha256
+    run_in_process(monkeypatch, "audit", *dense, "--held_out_pairs", 4)
+    report = json.loads((run / "report.json").read_text())
+    assert f"--dense.path {tiny_llama_checkpoint} --dense.quantization 8bit" in report["method"]["replay"]
+
+
+def test_edits_are_chosen_and_measured_in_full_precision(
+    trained, tiny_checkpoint, tmp_path, monkeypatch
+) -> None:
+    """Asked for with a quantised dense model, an edit is the same to the last bit."""
+    run = shutil.copytree(trained, tmp_path / "copy")
+    path = run / "edits" / "with_as" / "edit.json"
+    before = path.read_bytes()
+    path.unlink()
+    quantised = ["--dense.path", tiny_checkpoint, "--dense.quantization", "4bit"]
+    run_in_process(monkeypatch, "edit", *quantised, "--run", run, "--tasks", "[with_as]", *EDIT)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("verb", ["edit", "audit"])
+def test_another_tokenizer_or_other_weights_are_refused_after_training(
+    verb, trained, tiny_checkpoint, tmp_path, monkeypatch, capsys
+) -> None:
+    changed = shutil.copytree(tiny_checkpoint, tmp_path / "changed")
+    tokenizer = json.loads((changed / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = (token for token, index in vocabulary.items() if index in (600, 601))
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(SystemExit) as stopped:
+        run_in_process(monkeypatch, verb, "--dense.path", changed, "--run", trained)
+    assert stopped.value.code == 3
+    assert f"tokenizers of '{trained / 'student'}'" in capsys.readouterr().err
+
+
+def test_row_7_a_flipped_bit_of_the_dense_weights_is_refused_after_training(
+    trained, tiny_checkpoint, tmp_path, monkeypatch, capsys
+) -> None:
+    changed = shutil.copytree(tiny_checkpoint, tmp_path / "changed")
+    content = bytearray((changed / "model.safetensors").read_bytes())
+    content[-7] ^= 1
+    (changed / "model.safetensors").write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        run_in_process(monkeypatch, "edit", "--dense.path", changed, "--run", trained, *EDIT)
+    assert stopped.value.code == 3
+    assert "the bridges in" in capsys.readouterr().err
+
+
 def test_abs_topk_anneals_from_an_exact_copy(tiny_checkpoint, tmp_path, monkeypatch) -> None:
     run = tmp_path / "topk"
     run_in_process(
         monkeypatch,
         "train",
-        "--dense",
+        "--dense.path",
         tiny_checkpoint,
         "--run",
         run,
@@ -159,7 +233,7 @@ def test_a_finished_run_is_kept_and_another_config_refused(
     trained, tiny_checkpoint, monkeypatch, capsys
 ) -> None:
     before = (trained / "student" / "model.safetensors").stat().st_mtime_ns
-    arguments = ["--dense", tiny_checkpoint, "--run", trained, *TRAIN]
+    arguments = ["--dense.path", tiny_checkpoint, "--run", trained, *TRAIN]
     run_in_process(monkeypatch, "train", *arguments)
     assert "already trained" in capsys.readouterr().out
     assert (trained / "student" / "model.safetensors").stat().st_mtime_ns == before
@@ -173,7 +247,15 @@ def test_divergence_ends_in_its_own_code(tiny_checkpoint, tmp_path, monkeypatch,
     run = tmp_path / "diverged"
     with pytest.raises(SystemExit) as stopped:
         run_in_process(
-            monkeypatch, "train", "--dense", tiny_checkpoint, "--run", run, *TRAIN, "--learning_rate", "1e30"
+            monkeypatch,
+            "train",
+            "--dense.path",
+            tiny_checkpoint,
+            "--run",
+            run,
+            *TRAIN,
+            "--learning_rate",
+            "1e30",
         )
     assert stopped.value.code == 5
     assert "loss is not finite" in capsys.readouterr().err
@@ -207,7 +289,7 @@ def test_pretraining_gives_a_checkpoint_that_train_can_start_from(tmp_path, monk
 def test_two_processes_equal_one(tiny_checkpoint, tmp_path, monkeypatch) -> None:
     """Half the batch on each of two gloo processes: the same losses and the same weights."""
     one, two = tmp_path / "one", tmp_path / "two"
-    shared = ["--dense", str(tiny_checkpoint), *TRAIN]
+    shared = ["--dense.path", str(tiny_checkpoint), *TRAIN]
     process = start(
         "accelerate", "launch", "--config_file", "recipes/accelerate/cpu2.yaml", "recipes/train.py",
         *shared, "--run", two, "--per_device_train_batch_size", "2",
@@ -226,7 +308,7 @@ def test_two_processes_equal_one(tiny_checkpoint, tmp_path, monkeypatch) -> None
 
 def test_a_killed_run_resumes_to_the_same_bits(trained, tiny_checkpoint, tmp_path, monkeypatch) -> None:
     run = tmp_path / "killed"
-    arguments = ["--dense", tiny_checkpoint, "--run", run, *TRAIN]
+    arguments = ["--dense.path", tiny_checkpoint, "--run", run, *TRAIN]
     process = start(sys.executable, "recipes/train.py", *arguments)
     deadline = time.monotonic() + 240
     while not list((run / "checkpoints").glob("checkpoint-[24]")) and process.poll() is None:
@@ -255,8 +337,11 @@ def bert(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("verb", "arguments", "code", "message"),
     [
-        ("train", ["--dense", "/nowhere/model"], 3, "no config.json in '/nowhere/model'"),
-        ("train", ["--dense", "BERT"], 3, "'bert' is not supported; supported: gpt2"),
+        ("train", ["--dense.path", "/nowhere/model"], 3, "no config.json in '/nowhere/model'"),
+        ("train", ["--dense.path", "BERT"], 3, "'bert' is not supported; supported: "),
+        ("train", ["--dense", "BERT"], 3, "'bert' is not supported; supported: "),
+        ("train", ["--dense.quantization", "2bit"], 2, "dense.quantization: got '2bit'"),
+        ("train", ["--dense.pth", "x"], 2, "did you mean 'dense.path'"),
         ("train", ["--sparsity.densty", "0.1"], 2, "did you mean 'sparsity.density'"),
         ("train", ["--sparsity.density", "0"], 2, "sparsity.density: got 0"),
         ("train", ["--sparsity.density", "1.5"], 2, "sparsity.density: got 1.5"),
@@ -288,7 +373,9 @@ def test_bad_input_is_one_line_a_code_and_nothing_written(
 
 
 def test_exit_code_and_last_word_of_a_recipes_own_process(tmp_path: Path) -> None:
-    process = start(sys.executable, "recipes/train.py", "--dense", tmp_path / "none", "--run", tmp_path / "r")
+    process = start(
+        sys.executable, "recipes/train.py", "--dense.path", tmp_path / "none", "--run", tmp_path / "r"
+    )
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 3
     assert errors.strip().splitlines()[-1].startswith("error: dense checkpoint: no config.json")
