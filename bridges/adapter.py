@@ -3,9 +3,8 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
@@ -13,6 +12,9 @@ from bridges.trust import Folder, check_contained, check_safetensors, read_json_
 from bridges.weights import check_finite, stored_tensors
 from extractor.artifacts import file_sha256
 from extractor.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -53,6 +55,8 @@ def apply_adapter(model: PreTrainedModel, adapter: Adapter, *, merge: bool) -> P
     Raises:
         InputError: the adapter names modules that the model has not, or its shapes do not fit.
     """
+    from peft import PeftModel  # slow to import (it brings bitsandbytes), and few need it
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about keys; what matters of it is refused below
@@ -66,7 +70,7 @@ def apply_adapter(model: PreTrainedModel, adapter: Adapter, *, merge: bool) -> P
     return wrapped.get_base_model().eval()
 
 
-def _merged(adapter: Adapter, wrapped: PeftModel) -> PreTrainedModel:
+def _merged(adapter: Adapter, wrapped: "PeftModel") -> PreTrainedModel:
     try:
         return wrapped.merge_and_unload(safe_merge=True).eval()
     except ValueError as error:
@@ -103,7 +107,9 @@ def _check_base(path: Path, values: dict[str, Any], base: Folder, base_sha256: s
         )
 
 
-def _check_keys(adapter: Adapter, wrapped: PeftModel) -> None:
+def _check_keys(adapter: Adapter, wrapped: "PeftModel") -> None:
+    from peft import get_peft_model_state_dict
+
     expected = set(get_peft_model_state_dict(wrapped))
     with safe_open(adapter.path / WEIGHTS, "pt") as file:
         given = set(file.keys())

@@ -77,6 +77,12 @@ class BridgeSet(nn.Module):
                 bridges[site].decoder.bias.zero_()
         return bridges
 
+    def like(self) -> "BridgeSet":
+        """Untrained bridges of the same sites and widths."""
+        first = next(iter(self.bridges.values()))
+        widths = first.encoder.in_features, first.encoder.out_features
+        return BridgeSet(self.sites, *widths, removes_mean=self.removes_mean, encoder_frac=self.encoder_frac)
+
     def __getitem__(self, site: Site) -> Bridge:
         return self.bridges[_key(site)]
 

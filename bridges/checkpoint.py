@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -37,6 +39,7 @@ from extractor.errors import InputError, UsageError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
                    "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
+RANDOM_SEED = 0  # of dense.random_weights; part of their hash
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,20 @@ def load_dense(
             f"dense.adapter_mode merged cannot be had in {config.quantization} weights (merging rounds "
             "them); use dense.adapter_mode live, or dense.quantization none"
         )
+    if config.adapter and config.random_weights:
+        raise UsageError("dense.adapter was trained on a checkpoint's own weights, not on random_weights")
     folder = resolve_folder(config)
     files = check_folder(folder, config)
     hashes = {file.name: file_sha256(file) for file in files}
     check_blobs(folder, hashes)
-    base_sha256 = combine_hashes(hashes)
+    base_sha256 = _random_sha256(folder) if config.random_weights else combine_hashes(hashes)
     adapter = None
     if config.adapter:
         adapter = check_adapter(Path(config.adapter).expanduser(), folder, base_sha256)
     tokenizer, tokenizer_facts = load_tokenizer(folder, config)
     quantization = "none" if plain else config.quantization
-    model = _load_model(folder, files, config, torch.device(device), quantization)
+    load = _draw_model if config.random_weights else _load_model
+    model = load(folder, files, config, torch.device(device), quantization)
     rows = model.get_input_embeddings().weight.shape[0]
     check_vocabulary(tokenizer, rows, folder.name)
     if adapter:
@@ -91,7 +97,8 @@ def load_dense(
         "commit": folder.commit,
         "sha256": sha256,
         "base_sha256": base_sha256,
-        "format": "pickle" if files[0].suffix == ".bin" else "safetensors",
+        "format": "none" if not files else "pickle" if files[0].suffix == ".bin" else "safetensors",
+        "random_weights": config.random_weights,
         "remote_code": config.trust_remote_code,
         "quantization": quantization,
         "adapter": str(adapter.path) if adapter else None,
@@ -136,6 +143,37 @@ def _load_model(
     check_keys(folder.name, info, model, files)
     check_finite(folder.name, stored_tensors(files, model))
     return model
+
+
+def _draw_model(
+    folder: Folder, files: list[Path], config: DenseConfig, device: torch.device, quantization: str
+) -> PreTrainedModel:
+    """The architecture with the start weights of its family, the same ones at every call."""
+    trust = {"trust_remote_code": config.trust_remote_code}
+    with torch.random.fork_rng():
+        torch.manual_seed(RANDOM_SEED)
+        try:
+            with _quiet():
+                own = AutoConfig.from_pretrained(folder.path, local_files_only=True, **trust)
+                model = AutoModelForCausalLM.from_config(own, dtype=torch.float32, **trust)
+        except Exception as error:  # as above
+            raise InputError(
+                f"transformers cannot build '{folder.name}' from its config.json: {type(error).__name__}: "
+                f"{_one_line(error)}"
+            ) from error
+    if quantization == "none":
+        return model
+    with TemporaryDirectory() as written:  # bitsandbytes quantises what is read from files, nothing else
+        model.save_pretrained(written)
+        shards = sorted(Path(written).glob("*.safetensors"))
+        return _load_model(Folder(Path(written), None, folder.name), shards, config, device, quantization)
+
+
+def _random_sha256(folder: Folder) -> str:
+    """Names random weights: by the config and the seed, so that no file's hash is ever taken for it."""
+    return combine_hashes(
+        {"config.json": file_sha256(folder.path / "config.json"), "random seed": str(RANDOM_SEED)}
+    )
 
 
 # --- quantisation ----------------------------------------------------------------------------------------

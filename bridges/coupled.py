@@ -7,9 +7,10 @@ synchronisation of several processes, silently.
           + nmse * sum over sites of NMSE(encode(dense), sparse) + NMSE(decode(sparse), dense)
           + hybrid * (KL(dense || student from encode(dense)) + KL(dense || dense from decode(sparse)))
 
-(Gao et al. 2025, section 2.3.) Each hybrid sum over sites is estimated by one sampled site, times the
-number of sites: the same expectation at a third of the cost. Nothing is detached: the paper writes a plain
-sum, so the student is also pulled towards what its bridges can carry.
+(Gao et al. 2025, section 2.3; sums over sites are means here.) Each hybrid mean is estimated by one sampled
+site: the same expectation at a third of the cost. `multi` puts random mixtures, which switch at several
+sites, in their place. By default nothing is detached: the paper writes a plain sum, so the student is also
+pulled towards what its bridges can carry.
 """
 
 from collections.abc import Callable
@@ -17,15 +18,18 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from bridges.bridge import BridgeSet
 from bridges.dense import DenseModel
 from bridges.losses import cross_entropy, kl_divergence, log_probs, normalised_mse
+from bridges.mixture import random_path, run_path
 from extractor.config import Config
+from extractor.machine import whole
 from extractor.sites import Recorder, Site
 from extractor.student import Student
 
@@ -41,9 +45,23 @@ class LossConfig(Config):
     """Normalised squared errors of both bridge directions, averaged over sites."""
     hybrid: float = Field(0.5, ge=0)
     """KL of the passes that switch between the models once, averaged over sites."""
-    hybrid_sites: Literal["sampled", "all"] = "sampled"
-    """One site per direction and step, or all of them; passes over all sites are run again in the
-    backward pass instead of being held."""
+    hybrid_sites: Literal["sampled", "all", "multi"] = "sampled"
+    """One site per direction and step; all of them (passes are run again in the backward pass instead
+    of being held); or one mixture per direction and step that switches at several random sites."""
+    switch_probability: float = Field(0.3, gt=0, le=1)
+    """Of every site, with `multi`; a mixture switches once at least."""
+    nmse_trains_student: bool = True
+    """False: the NMSE terms train the bridges alone."""
+    decoding_trains_student: bool = True
+    """False: KL(dense || dense from decode(sparse)) trains the decoder alone (not with `multi`)."""
+
+
+class Batch(NamedTuple):
+    """Tokens, and what every hybrid pass is compared with."""
+
+    ids: Int[Tensor, "batch seq"]
+    position_ids: Int[Tensor, "batch seq"] | None
+    reference: Float[Tensor, "batch seq vocab"]  # the dense model's log-probabilities
 
 
 class CoupledLosses(NamedTuple):
@@ -60,6 +78,8 @@ class CoupledLosses(NamedTuple):
 class CoupledModel(nn.Module):
     """What `accelerator.prepare` wraps. The dense model is held but not registered."""
 
+    _no_split_modules = Student._no_split_modules  # what FSDP shards one by one
+
     def __init__(self, student: Student, bridges: BridgeSet, dense: DenseModel, config: LossConfig):
         super().__init__()
         self.student = student
@@ -71,38 +91,75 @@ class CoupledModel(nn.Module):
     def dense(self) -> DenseModel:
         return self._held[0]
 
-    def forward(self, input_ids: Int[Tensor, "batch seq"], *, seed: int, step: int) -> CoupledLosses:
+    @torch.no_grad()
+    def whole(self) -> tuple[Student, BridgeSet]:
+        """Student and bridges with all of their weights on this process; every process must call it."""
+        if not any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            return self.student, self.bridges
+        student, bridges = Student(self.student.config), self.bridges.like()
+        for module, own in ((student, self.student), (bridges, self.bridges)):
+            module.load_state_dict({name: whole(value) for name, value in own.state_dict().items()})
+        return student.to(self.dense.device), bridges.to(self.dense.device)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+        *,
+        seed: int,
+        step: int,
+    ) -> CoupledLosses:
         """All losses of a batch; (seed, step) choose the hybrid sites, alike on every process."""
         with torch.no_grad():
-            run = self.dense.run(input_ids)
+            run = self.dense.run(input_ids, position_ids=position_ids)
             reference = log_probs(run.logits)
         recorder = Recorder(*map(str, self.bridges.sites))
-        own = log_probs(self.student(input_ids, tap=recorder).logits)
+        own = log_probs(self.student(input_ids, position_ids=position_ids, tap=recorder).logits)
         ce = cross_entropy(own, input_ids)
         kl = kl_divergence(reference, own)
 
         dense_resid = {site: self.bridges.centred(x) for site, x in run.resid.items()}
         nmse = self._nmse(dense_resid, recorder)
-        encode_sites, decode_sites = self._hybrid_sites(seed, step)
-        to_sparse = torch.stack(
-            [
-                self._run(self._dense_to_sparse, input_ids, reference, site, dense_resid[site])
-                for site in encode_sites
-            ]
-        ).mean()
-        to_dense = torch.stack(
-            [self._run(self._sparse_to_dense, reference, site, recorder[str(site)]) for site in decode_sites]
-        ).mean()
+        batch = Batch(input_ids, position_ids, reference)
+        if self.config.hybrid_sites == "multi":
+            to_sparse, to_dense = self._mixtures(batch, seed, step)
+        else:
+            to_sparse, to_dense = self._single_switches(batch, dense_resid, recorder, seed, step)
         config = self.config
         total = config.ce * ce + config.kl * kl + config.nmse * nmse
         total = total + config.hybrid * (to_sparse + to_dense)
         return CoupledLosses(total, ce, kl, nmse, to_sparse, to_dense)
+
+    def _single_switches(
+        self, batch: Batch, dense_resid: dict[Site, Tensor], recorder: Recorder, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        encode_sites, decode_sites = self._hybrid_sites(seed, step)
+        to_sparse = [
+            self._run(self._dense_to_sparse, batch, site, dense_resid[site]) for site in encode_sites
+        ]
+        to_dense = [
+            self._run(self._sparse_to_dense, batch, site, recorder[str(site)]) for site in decode_sites
+        ]
+        return torch.stack(to_sparse).mean(), torch.stack(to_dense).mean()
+
+    def _mixtures(self, batch: Batch, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """KL of a random mixture that begins in the dense model, and of one that begins in the student."""
+        divergences = []
+        for starts_dense in (True, False):
+            path = random_path(
+                self.bridges.sites, self.config.switch_probability, starts_dense, [seed, step, starts_dense]
+            )
+            logits = run_path(path, self.dense, self.student, self.bridges, batch.ids, batch.position_ids)
+            divergences.append(kl_divergence(batch.reference, log_probs(logits)))
+        return divergences[0], divergences[1]
 
     def _nmse(self, dense_resid: dict[Site, Tensor], recorder: Recorder) -> Tensor:
         energy = self.bridges.dense_energy
         errors = []
         for index, site in enumerate(self.bridges.sites):
             bridge, sparse = self.bridges[site], recorder[str(site)]
+            if not self.config.nmse_trains_student:
+                sparse = sparse.detach()
             encoded = bridge.encode(dense_resid[site])
             # The dense energy in both: an orthogonal turn keeps it, and a student cannot lower its
             # loss by shrinking. The energies differ by the widths' ratio (mean over channels).
@@ -124,12 +181,16 @@ class CoupledModel(nn.Module):
             return checkpoint(hybrid_pass, *args, use_reentrant=False)
         return hybrid_pass(*args)
 
-    def _dense_to_sparse(self, ids: Tensor, reference: Tensor, site: Site, resid: Tensor) -> Tensor:
+    def _dense_to_sparse(self, batch: Batch, site: Site, resid: Tensor) -> Tensor:
         """KL(dense || student run from the encoded dense stream)."""
         encoded = self.bridges[site].encode(resid)
-        return kl_divergence(reference, log_probs(self.student(ids, start=site, resid=encoded).logits))
+        output = self.student(batch.ids, position_ids=batch.position_ids, start=site, resid=encoded)
+        return kl_divergence(batch.reference, log_probs(output.logits))
 
-    def _sparse_to_dense(self, reference: Tensor, site: Site, resid: Tensor) -> Tensor:
+    def _sparse_to_dense(self, batch: Batch, site: Site, resid: Tensor) -> Tensor:
         """KL(dense || dense run from the decoded sparse stream)."""
+        if not self.config.decoding_trains_student:
+            resid = resid.detach()
         decoded = self.bridges[site].decode(resid)
-        return kl_divergence(reference, log_probs(self.dense.run_from(site, decoded)))
+        logits = self.dense.run_from(site, decoded, position_ids=batch.position_ids)
+        return kl_divergence(batch.reference, log_probs(logits))

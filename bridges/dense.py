@@ -29,6 +29,16 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from bridges.checkpoint import DenseConfig, load_dense
 from bridges.families import family_of, removes_mean
+from bridges.hooks import (
+    PositionsSeen,
+    Reached,
+    add_to_input,
+    add_to_output,
+    forward_replaced,
+    hooked,
+    keep_output,
+    replace_input,
+)
 from extractor.errors import UnsupportedModelError
 from extractor.machine import attend
 from extractor.sites import Site, sites
@@ -114,15 +124,49 @@ class DenseModel:
         """Channels of the residual stream."""
         return self.config.hidden_size
 
-    def run(self, input_ids: Int[Tensor, "batch seq"], record: bool | Collection[Site] = True) -> DenseRun:
+    def run(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        record: bool | Collection[Site] = True,
+        *,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+    ) -> DenseRun:
         """The model's own forward; keeps the residual stream at every site, at these, or at none."""
         wanted = record if not isinstance(record, bool) else self.sites if record else ()
         resid: dict[Site, Tensor] = {}
         with ExitStack() as stack:
             for site in wanted:
                 stack.enter_context(self._reading(site, resid, input_ids.shape))
-            logits = self.model(input_ids, use_cache=False).logits
+            logits = self._forward(position_ids, input_ids=input_ids)
         return DenseRun(logits, resid)
+
+    def run_to(
+        self,
+        site: Site,
+        input_ids: Int[Tensor, "batch seq"],
+        start: Site | None = None,
+        resid: Float[Tensor, "batch seq d_dense"] | None = None,
+        *,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch seq d_dense"]:
+        """The residual stream at `site`, from the tokens or from the stream at an earlier site."""
+        block = self.blocks[site.layer]
+        module = block.get_submodule(self.layout.mid) if site.stream == "resid_mid" else block
+
+        def stop(module: nn.Module, args: tuple) -> None:
+            raise Reached(args[0].view(*input_ids.shape, -1))
+
+        with ExitStack() as stack:
+            if start is not None:
+                # before `stop`: hooks run in the order they were set
+                self._starting_at(stack, start, resid)
+            stack.enter_context(hooked(module.register_forward_pre_hook(stop)))
+            inputs = {"input_ids": input_ids} if start is None else {"inputs_embeds": resid}
+            try:
+                self._forward(position_ids, **inputs)
+            except Reached as reached:
+                return reached.resid
+        raise AssertionError(f"the dense model never reached {site}")
 
     def run_from(
         self,
@@ -130,23 +174,33 @@ class DenseModel:
         resid: Float[Tensor, "batch seq d_dense"],
         *,
         removed: Float[Tensor, "batch seq d_dense"] | None = None,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
         """Logits when the residual stream at `site` is `resid`; earlier sublayers do not run.
 
         `removed` is subtracted before the final norm: for a delta that is part of `resid`, what it
         writes into the logits directly goes, what later sublayers make of it stays.
         """
-        block = self.blocks[site.layer]
         with ExitStack() as stack:
-            for earlier in self.blocks[: site.layer]:
-                stack.enter_context(_forward_replaced(earlier, self._passing_on(earlier)))
-            stack.enter_context(_hooked(block.register_forward_pre_hook(_replace_input(resid))))
-            if site.stream == "resid_mid":
-                stack.enter_context(self._without_attention(block))
+            self._starting_at(stack, site, resid)
             if removed is not None:
-                hook = self.final_norm.register_forward_pre_hook(_add_to_input(lambda x: -removed))
-                stack.enter_context(_hooked(hook))
-            return self.model(inputs_embeds=resid, use_cache=False).logits
+                hook = self.final_norm.register_forward_pre_hook(add_to_input(lambda x: -removed))
+                stack.enter_context(hooked(hook))
+            return self._forward(position_ids, inputs_embeds=resid)
+
+    def _starting_at(self, stack: ExitStack, site: Site, resid: Tensor) -> None:
+        """Earlier sublayers pass on what they get, and the site's block gets `resid`."""
+        block = self.blocks[site.layer]
+        for earlier in self.blocks[: site.layer]:
+            stack.enter_context(forward_replaced(earlier, self._passing_on(earlier)))
+        stack.enter_context(hooked(block.register_forward_pre_hook(replace_input(resid))))
+        if site.stream == "resid_mid":
+            stack.enter_context(self._without_attention(block))
+
+    def _forward(self, position_ids: Tensor | None, **inputs: Tensor) -> Float[Tensor, "batch seq vocab"]:
+        if position_ids is not None:  # not every family takes them
+            inputs["position_ids"] = position_ids
+        return self.model(**inputs, use_cache=False).logits
 
     @contextmanager
     def adding(
@@ -163,25 +217,25 @@ class DenseModel:
         is added at every position. With `indirect` it is subtracted before the final norm (`run_from`).
         """
         block = self.blocks[site.layer]
-        seen = _PositionsSeen()
+        seen = PositionsSeen()
 
         def part(resid: Tensor) -> Tensor:
             return delta if delta.ndim == 1 else seen.part_of(delta, resid)
 
         handles = [self.model.register_forward_pre_hook(seen, with_kwargs=True)]
         if site.stream == "resid_pre":
-            handles.append(block.register_forward_pre_hook(_add_to_input(part)))
+            handles.append(block.register_forward_pre_hook(add_to_input(part)))
         else:
             # What reads the stream next sees the delta, and the block passes it on.
             reader = block.get_submodule(self.layout.mid)
-            handles.append(reader.register_forward_pre_hook(_add_to_input(part)))
-            handles.append(block.register_forward_hook(_add_to_output(part)))
+            handles.append(reader.register_forward_pre_hook(add_to_input(part)))
+            handles.append(block.register_forward_hook(add_to_output(part)))
         if indirect:
-            hook = _add_to_input(lambda resid: -part(resid))
+            hook = add_to_input(lambda resid: -part(resid))
             handles.append(self.final_norm.register_forward_pre_hook(hook))
         with ExitStack() as stack:
             for handle in handles:
-                stack.enter_context(_hooked(handle))
+                stack.enter_context(hooked(handle))
             yield self.model
 
     @torch.no_grad()
@@ -200,9 +254,9 @@ class DenseModel:
         plain = self.model(ids, use_cache=False).logits
         with ExitStack() as stack:
             for module in (self.blocks[0], getattr(self.blocks[0], self.layout.attention)):
-                stack.enter_context(_hooked(module.register_forward_hook(self._note_output)))
+                stack.enter_context(hooked(module.register_forward_hook(self._note_output)))
             for block in self.blocks:
-                stack.enter_context(_hooked(block.register_forward_pre_hook(_replace_input(None))))
+                stack.enter_context(hooked(block.register_forward_pre_hook(replace_input(None))))
             run = self.run(ids)
         if not torch.equal(run.logits, plain):
             self._fail(f"recording {self.sites[0]} and later", run.logits, plain)
@@ -211,16 +265,34 @@ class DenseModel:
         last = self.sites[-1]
         self._compare(f"running the tail from {last}", self.run_from(last, run.resid[last]), plain)
 
+    @torch.no_grad()
+    def check_documents_apart(self) -> None:
+        """Prove that position ids alone keep packed documents apart, as transformers' masks promise.
+
+        Raises:
+            UnsupportedModelError: a document's logits change with what stands before it in its block.
+        """
+        ids = torch.arange(1, 9, device=self.device)[None] % self.config.vocab_size
+        positions = torch.arange(8, device=self.device)[None] % 4
+        packed = self.run(ids, record=False, position_ids=positions).logits[:, 4:]
+        alone = self.run(ids[:, 4:], record=False).logits
+        moved, scale = (packed - alone).abs().max().item(), alone.abs().max().item()
+        if not moved <= 1e-4 * scale:
+            raise UnsupportedModelError(
+                f"data.separate_documents: in '{self.config.model_type}' a packed document sees the one "
+                f"before it (logits move by {moved:.2e} of {scale:.2f}); set it to false"
+            )
+
     def _check_mids(self, ids: Tensor, run: DenseRun) -> None:
         mids = [site for site in self.sites if site.stream == "resid_mid"]
         passed_on: dict[Site, Tensor] = {}
         with ExitStack() as stack:
             for site, block in zip(mids, self.blocks, strict=True):
                 mid = run.resid[site]
-                stack.enter_context(_hooked(block.register_forward_pre_hook(_replace_input(mid))))
+                stack.enter_context(hooked(block.register_forward_pre_hook(replace_input(mid))))
                 stack.enter_context(self._without_attention(block))
-                hook = block.register_forward_hook(_keep_output(passed_on, site))
-                stack.enter_context(_hooked(hook))
+                hook = block.register_forward_hook(keep_output(passed_on, site))
+                stack.enter_context(hooked(hook))
             logits = self.model(ids, use_cache=False).logits
         for site in mids[:-1]:
             following = Site(site.layer + 1, "resid_pre")
@@ -250,7 +322,7 @@ class DenseModel:
         def keep(module: nn.Module, args: tuple) -> None:
             into[site] = args[0].view(*shape, -1)  # OPT flattens the stream before its MLP
 
-        with _hooked(module.register_forward_pre_hook(keep)):
+        with hooked(module.register_forward_pre_hook(keep)):
             yield
 
     def _note_output(self, module: nn.Module, args: tuple, output: object) -> None:
@@ -269,26 +341,7 @@ class DenseModel:
         def write_nothing(hidden_states: Tensor, *args: object, **kwargs: object) -> object:
             return self._like_output_of(attention, torch.zeros_like(hidden_states))
 
-        return _forward_replaced(attention, write_nothing)
-
-
-class _PositionsSeen:
-    """Counts the positions that a cache holds before a forward, as a hook on the whole model."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        cache = kwargs.get("past_key_values")
-        self.count = cache.get_seq_length() if cache is not None else 0
-
-    def part_of(self, delta: Tensor, resid: Tensor) -> Tensor:
-        """The rows of `delta` that fall on this forward's positions, zeros after its end."""
-        batch, width = delta.shape[0], delta.shape[-1]
-        length = resid.numel() // (batch * width)
-        rows = delta[:, self.count : self.count + length]
-        missing = length - rows.shape[1]
-        return torch.nn.functional.pad(rows, (0, 0, 0, missing)).view_as(resid)
+        return forward_replaced(attention, write_nothing)
 
 
 def _attention(
@@ -305,51 +358,3 @@ def _attention(
 # Without the second line transformers would drop the mask, and the model see the future, silently.
 AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-# --- hooks -----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _hooked(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
-
-def _replace_input(value: Tensor | None) -> Callable[..., tuple]:
-    """Replace the first argument; with None by a copy of itself."""
-    return lambda module, args: (args[0].clone() if value is None else value, *args[1:])
-
-
-def _add_to_input(delta: Callable[[Tensor], Tensor]) -> Callable[..., tuple]:
-    return lambda module, args: (args[0] + delta(args[0]), *args[1:])
-
-
-def _add_to_output(delta: Callable[[Tensor], Tensor]) -> Callable[..., object]:
-    def add(module: nn.Module, args: tuple, output: object) -> object:
-        if isinstance(output, tuple):
-            return (output[0] + delta(output[0]), *output[1:])
-        return output + delta(output)
-
-    return add
-
-
-def _keep_output(into: dict[Site, Tensor], site: Site) -> Callable[..., None]:
-    def keep(module: nn.Module, args: tuple, output: object) -> None:
-        into[site] = output[0] if isinstance(output, tuple) else output
-
-    return keep

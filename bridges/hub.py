@@ -51,7 +51,8 @@ def file_patterns(config: DenseConfig) -> dict[str, list[str]]:
     """Which files of a hub model are fetched: pickled weights and code only where they are allowed."""
     pickled = ["*.bin"] if config.allow_pickle else []
     code = ["*.py"] if config.trust_remote_code else []
-    return {"allow_patterns": [*FILES, *pickled, *code], "ignore_patterns": DUPLICATES}
+    weights = ["*.safetensors", "*.bin"] if config.random_weights else []
+    return {"allow_patterns": [*FILES, *pickled, *code], "ignore_patterns": [*DUPLICATES, *weights]}
 
 
 def check_blobs(folder: Folder, hashes: dict[str, str]) -> None:

@@ -56,6 +56,8 @@ class DenseConfig(Config):
     """Run the checkpoint's own Python code. A hub id then needs a full commit as revision."""
     allow_unlisted: bool = False
     """Try a model family that is not listed; it still has to pass the self-check."""
+    random_weights: bool = False
+    """Take config.json alone and draw the weights from a fixed seed: for dry runs and benchmarks."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Folder:
 def check_folder(folder: Folder, config: DenseConfig) -> list[Path]:
     """Refuse what can be refused from the files alone; returns the weight files that will be read.
 
+    With `random_weights` none are, and none need be there.
+
     Raises:
         InputError: no such folder, code of its own, files that lead outside, pickled, damaged or
             missing weights.
@@ -105,7 +109,7 @@ def check_folder(folder: Folder, config: DenseConfig) -> list[Path]:
             "unquantised weights; give the unquantised checkpoint, and dense.quantization 8bit or 4bit"
         )
     check_family(str(values.get("model_type")), config.allow_unlisted)
-    files = weight_files(folder.path, config.allow_pickle)
+    files = [] if config.random_weights else weight_files(folder.path, config.allow_pickle)
     for file in files:
         if file.suffix == ".safetensors":
             check_safetensors(file)

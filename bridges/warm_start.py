@@ -11,16 +11,17 @@ them. The bridges start as the same turn and its inverse, so at density 1 everyt
 """
 
 import copy
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bridges.bridge import BridgeSet
 from bridges.dense import DenseModel
-from bridges.families import CopySpec
+from bridges.families import CopySpec, Family
 from bridges.projections import Affine, affine, first_of
 from extractor.config import Config
 from extractor.errors import UnsupportedModelError
@@ -30,6 +31,21 @@ from extractor.student_config import StudentConfig
 from extractor.widen import widen
 
 Norm = tuple[Tensor, Tensor | None]  # gain and shift
+
+
+@runtime_checkable  # for beartype, in tests
+class Anatomy(Protocol):
+    """What of a dense model decides its student's config; its weights may be on the meta device."""
+
+    model: PreTrainedModel
+    family: Family
+    config: Any
+    blocks: nn.ModuleList
+    final_norm: nn.Module
+    is_parallel: bool
+
+    @property
+    def width(self) -> int: ...
 
 
 class StudentShape(Config):
@@ -61,7 +77,7 @@ def make_student(
     """
     turn = torch.eye(dense.width)
     if shape.start == "copy":
-        student = copy_dense(dense, attention_sink=shape.attention_sink, bigram_table=shape.bigram_table)
+        student = copy_dense(dense, **_options(shape))
         cache_key = dense.sha256 if dense.sha256 != "none" else None
         turn = rotate_(student, rotation, cache_key=cache_key, show_progress=show_progress)
         student = widen(
@@ -71,11 +87,26 @@ def make_student(
             num_attention_heads=shape.num_attention_heads,
         )
     else:
-        student = Student(_random_config(dense, shape))
+        student = Student(start_config(dense, shape))
     extra = student.config.hidden_size - dense.width  # below zero for a narrower random student
     frame = torch.nn.functional.pad(turn, (0, extra))  # (d_dense, d_sparse): turned, zero-padded
     bridges = BridgeSet.from_frame(frame, dense.sites, removes_mean=dense.removes_mean)
     return student.eval(), bridges
+
+
+def start_config(dense: Anatomy, shape: StudentShape) -> StudentConfig:
+    """The config that `make_student` starts from: a copy's before it is widened.
+
+    Raises:
+        UnsupportedModelError: a copy of a family, or of an option of one, that none is known for.
+    """
+    if shape.start == "copy":
+        return _copied_config(dense, _copy_spec(dense), _options(shape))
+    return _random_config(dense, shape)
+
+
+def _options(shape: StudentShape) -> dict[str, bool]:
+    return {"attention_sink": shape.attention_sink, "bigram_table": shape.bigram_table}
 
 
 @torch.no_grad()
@@ -91,7 +122,7 @@ def copy_dense(dense: DenseModel, **options: bool) -> Student:
     return student
 
 
-def _copy_spec(dense: DenseModel) -> CopySpec:
+def _copy_spec(dense: Anatomy) -> CopySpec:
     name, way_out = dense.config.model_type, "student.start random gives it a student from random weights"
     if dense.family.copy is None:
         raise UnsupportedModelError(f"no exact copy is known for '{name}': {dense.family.no_copy}; {way_out}")
@@ -100,7 +131,7 @@ def _copy_spec(dense: DenseModel) -> CopySpec:
     return dense.family.copy
 
 
-def _copied_config(dense: DenseModel, spec: CopySpec, options: dict[str, bool]) -> StudentConfig:
+def _copied_config(dense: Anatomy, spec: CopySpec, options: dict[str, bool]) -> StudentConfig:
     """Sizes from the weights themselves, options from the Hugging Face config."""
     config, block = dense.config, dense.blocks[0]
     heads = config.num_attention_heads
@@ -137,7 +168,7 @@ def _copied_config(dense: DenseModel, spec: CopySpec, options: dict[str, bool]) 
     )
 
 
-def _random_config(dense: DenseModel, shape: StudentShape) -> StudentConfig:
+def _random_config(dense: Anatomy, shape: StudentShape) -> StudentConfig:
     """The paper's kind of student in the dense model's size: learned positions, one MLP, no gates."""
     config = dense.config
     heads = config.num_attention_heads
@@ -174,7 +205,7 @@ def _activation(config: Any) -> str:
     raise UnsupportedModelError(f"'{config.model_type}': no activation function named in its config")
 
 
-def _positions(dense: DenseModel, spec: CopySpec, head_dim: int) -> dict[str, object]:
+def _positions(dense: Anatomy, spec: CopySpec, head_dim: int) -> dict[str, object]:
     config = dense.config
     if spec.positions is not None:
         table = dense.model.get_submodule(spec.positions).weight

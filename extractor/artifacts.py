@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from extractor.errors import InputError
+from extractor.errors import InputError, MachineError
 
 SCHEMA_VERSION = 1
 REPORTED_DISTRIBUTIONS = ("sparsebridge", "torch", "transformers", "accelerate", "numpy")
@@ -80,6 +78,7 @@ def claim_run_folder(run: Path, config: str, *, is_writer: bool) -> None:
 
     Raises:
         InputError: the folder belongs to another config.
+        MachineError: it cannot be written.
     """
     path = run / "config.yaml"
     if path.is_file() and path.read_text(encoding="utf-8") != config:
@@ -87,7 +86,10 @@ def claim_run_folder(run: Path, config: str, *, is_writer: bool) -> None:
             f"run folder '{run}' holds a run with another config; give another folder, or remove it"
         )
     if is_writer:
-        write_text(path, config)
+        try:
+            write_text(path, config)
+        except OSError as error:
+            raise MachineError(f"run folder '{run}' cannot be written ({error.strerror})") from error
 
 
 def file_sha256(path: Path) -> str:
@@ -173,73 +175,3 @@ def _git_revision() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         return {"commit": "unknown", "dirty": True}
     return {"commit": commit, "dirty": bool(status)}
-
-
-# --- resumable checkpoints: safetensors only -------------------------------------------------------------
-
-
-def save_checkpoint(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int
-) -> None:
-    """Weights and optimiser state after `step` steps, as `folder/checkpoint-<step>/`.
-
-    Older checkpoints are removed once the new one is in place. Data order and randomness are pure
-    functions of (seed, step), so nothing else is needed to go on.
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    state = {
-        f"{names[id(parameter)]}:{key}": value
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        for key, value in optimizer.state[parameter].items()
-    }
-
-    def write(target: Path) -> None:
-        weights = {k: v.contiguous() for k, v in model.state_dict().items()}
-        save_file(_without_aliases(weights), target / "model.safetensors")
-        save_file({k: v.contiguous() for k, v in state.items()}, target / "optimizer.safetensors")
-        write_json(target / "state.json", {"schema_version": SCHEMA_VERSION, "step": step})
-
-    replace_folder(folder / f"checkpoint-{step}", write)
-    for old in _checkpoints(folder):
-        if _step_of(old) != step:
-            shutil.rmtree(old)
-
-
-def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore the newest checkpoint below `folder`; returns its step (0 where there is none)."""
-    checkpoints = sorted(_checkpoints(folder), key=_step_of)
-    if not checkpoints:
-        return 0
-    newest = checkpoints[-1]
-    with safe_open(newest / "model.safetensors", "pt") as file:
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    with torch.no_grad():
-        for key, value in model.state_dict().items():
-            if key in weights:
-                value.copy_(weights[key])
-    parameters = dict(model.named_parameters())
-    with safe_open(newest / "optimizer.safetensors", "pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            name, _, field = key.rpartition(":")
-            optimizer.state[parameters[name]][field] = file.get_tensor(key)
-    return _step_of(newest)
-
-
-def _without_aliases(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tied weights once: safetensors refuses shared storage."""
-    seen: set[int] = set()
-    kept = {}
-    for key, value in tensors.items():
-        if value.data_ptr() not in seen:
-            seen.add(value.data_ptr())
-            kept[key] = value
-    return kept
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("checkpoint-*") if (path / "state.json").is_file()]
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))

@@ -70,7 +70,7 @@ def load_config(config_type: type[C], argv: Sequence[str]) -> C:
     Raises:
         UsageError: unreadable YAML, an unknown key, or a value of the wrong type or range.
     """
-    overrides = _pair_up(argv)
+    overrides = _pair_up(argv, switches=_switches(config_type))
     values: dict[str, Any] = {}
     origin = "command line"
     if config_path := overrides.pop("config", None):
@@ -120,7 +120,7 @@ def describe(config_type: type[Config], prefix: str = "") -> list[str]:
     return lines
 
 
-def _pair_up(argv: Sequence[str]) -> dict[str, str]:
+def _pair_up(argv: Sequence[str], switches: set[str]) -> dict[str, str]:
     pairs: dict[str, str] = {}
     rest = list(argv)
     while rest:
@@ -129,11 +129,25 @@ def _pair_up(argv: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"unexpected argument {word!r}; options look like --some.key value")
         key, equals, value = word[2:].partition("=")
         if not equals:
-            if not rest:
+            if rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            elif key in switches:  # alone, it is turned on
+                value = "true"
+            else:
                 raise UsageError(f"--{key} needs a value")
-            value = rest.pop(0)
         pairs[key] = value
     return pairs
+
+
+def _switches(config_type: type[Config], prefix: str = "") -> set[str]:
+    """Dotted names of every true-or-false key."""
+    found: set[str] = set()
+    for name, field in config_type.model_fields.items():
+        if (nested := _as_config(field.annotation)) is not None:
+            found |= _switches(nested, f"{prefix}{name}.")
+        elif field.annotation is bool:
+            found.add(f"{prefix}{name}")
+    return found
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -27,3 +27,17 @@ class DivergedError(SparsebridgeError):
     """Training left the finite numbers; the last checkpoint is whole."""
 
     exit_code = 5
+
+
+class MachineError(SparsebridgeError):
+    """The machine will not have it: no room, no right to write."""
+
+    exit_code = 4
+
+
+class StoppedError(SparsebridgeError):
+    """Stopped from outside after a step, with a checkpoint; the same command goes on."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

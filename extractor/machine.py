@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from accelerate import PartialState
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from extractor.errors import UsageError
 
@@ -69,3 +70,8 @@ def attend(attention: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: 
     inputs = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (q, k, v))
     with torch.autocast("cpu", enabled=False):
         return attention(*inputs).to(q.dtype)
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor that may be sharded over processes (FSDP2); then every process must call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -9,7 +9,7 @@ back). Density falls from 1 to its target over a share of the steps (linear or e
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -17,8 +17,11 @@ import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from extractor.config import Config
+from extractor.errors import InputError
+from extractor.machine import whole
 
 
 class SparsityConfig(Config):
@@ -26,10 +29,19 @@ class SparsityConfig(Config):
 
     density: float = Field(0.125, gt=0, le=1)
     """Share of nonzero weights in every matrix at the end; 1.0 leaves the weights as they are."""
+    embedding_density: float | None = Field(None, gt=0, le=1)
+    """The same for embeddings and unembedding; none: as the other matrices."""
+    bias_density: float = Field(1.0, gt=0, le=1)
+    """The same for biases; 1.0 leaves them dense, as the released script does."""
+    min_weights_per_neuron: int = Field(0, ge=0)
+    """Weights that every neuron, query, key and value keeps coming in, and every neuron and head channel
+    going out, whatever their size (the paper's j, appendix A.2: 4); k stays the same."""
     anneal_frac: float = Field(0.5, ge=0, le=1)
     """Share of the steps over which density (and AbsTopK) falls from 1 to its target."""
     anneal_shape: Literal["linear", "exponential"] = "exponential"
     """Linear in density, as the paper, or linear in log density."""
+    revive_steps: int = Field(0, ge=0)
+    """Every so many steps, give neurons without a weight in or out new ones; 0: never."""
 
 
 def keep_largest(values: Float[Tensor, "*batch n"], k: int) -> Bool[Tensor, "*batch n"]:
@@ -69,27 +81,114 @@ def abs_topk(x: Float[Tensor, "*batch n"], frac: float | None) -> Float[Tensor, 
     return x * keep_largest(x, max(1, int(frac * x.shape[-1])))
 
 
-@dataclass(frozen=True)
 class WeightSparsifier:
-    """Holds a student's matrices at exactly k nonzeros."""
+    """Holds a student's matrices at exactly k nonzeros.
 
-    matrices: dict[str, nn.Parameter]
-    config: SparsityConfig
-    num_steps: int
+    On several processes each projects alike: replicated weights are equal, and of sharded ones (FSDP2)
+    the whole matrix is gathered, so that the k largest are those of the matrix and not of a shard.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: SparsityConfig, num_steps: int):
+        """Takes the sparse matrices and, for `bias_density`, the biases; other names are left alone.
+
+        Raises:
+            InputError: a floor of weights per neuron that its matrix has no room for.
+        """
+        self.config = config
+        self.num_steps = num_steps
+        self.parameters = {name: p for name, p in parameters.items() if self._target(name, p) is not None}
+        if config.min_weights_per_neuron:
+            for name, parameter in self.parameters.items():
+                self._check_floor(name, parameter)
 
     def density(self, step: int) -> float:
         """Density asked for after `step` optimiser steps."""
         return anneal(self.config, self.config.density, step, self.num_steps)
 
+    def num_kept(self, name: str, step: int) -> int:
+        """Nonzeros that a parameter holds after `step` steps."""
+        parameter = self.parameters[name]
+        target = self._target(name, parameter)
+        return num_kept(parameter.numel(), anneal(self.config, target, step, self.num_steps))
+
     @torch.no_grad()
     def project_(self, step: int) -> float:
         """Zero all but the k largest |weights| of every matrix, in place; returns the density."""
-        density = self.density(step)
-        if density < 1:
-            for parameter in self.matrices.values():
-                flat = parameter.view(-1)
-                flat.mul_(keep_largest(flat, num_kept(parameter.numel(), density)))
-        return density
+        for name, parameter in self.parameters.items():
+            k = self.num_kept(name, step)
+            if k < parameter.numel():
+                keep = self._keep(name, whole(parameter).detach(), k)
+                _local(parameter).mul_(_like(keep, parameter))
+        return self.density(step)
+
+    def _keep(self, name: str, weight: Tensor, k: int) -> Tensor:
+        floor = floor_axis(name) if self.config.min_weights_per_neuron else None
+        if floor is None:
+            return keep_largest(weight.reshape(-1), k).view_as(weight)
+        return keep_with_floor(weight, k, self.config.min_weights_per_neuron, floor)
+
+    def _target(self, name: str, parameter: Tensor) -> float | None:
+        """The density that a parameter ends at; None for what stays dense by its kind."""
+        if parameter.ndim == 2 and not name.startswith("bigram"):
+            is_table = name.startswith(("embed_", "lm_head"))
+            own = self.config.embedding_density if is_table else None
+            target = own if own is not None else self.config.density
+        elif name.endswith(".bias"):
+            target = self.config.bias_density
+        else:
+            return None
+        return target if target < 1 else None
+
+    def _check_floor(self, name: str, parameter: Tensor) -> None:
+        axis, j = floor_axis(name), self.config.min_weights_per_neuron
+        if axis is None:
+            return
+        units, k = parameter.shape[axis], self.num_kept(name, self.num_steps)
+        if j * units > k or j > parameter.shape[1 - axis]:
+            raise InputError(
+                f"sparsity.min_weights_per_neuron {j}: '{name}' has {units} units, which need {j * units} "
+                f"weights, and keeps {k} at density {self.config.density}; at most {k // units} fit"
+            )
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _like(mask: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a mask over the whole matrix."""
+    if not isinstance(parameter, DTensor):
+        return mask
+    everywhere = [Replicate()] * parameter.device_mesh.ndim
+    replicated = DTensor.from_local(mask, parameter.device_mesh, everywhere)
+    return replicated.redistribute(parameter.device_mesh, parameter.placements).to_local()
+
+
+def floor_axis(name: str) -> int | None:
+    """The axis whose units keep a least number of weights: rows that read, columns that write."""
+    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "up_proj.weight")):
+        return 0
+    if name.endswith("gate_proj.weight"):
+        return 0
+    return 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else None
+
+
+def keep_with_floor(
+    weight: Float[Tensor, "row column"], k: int, least: int, axis: int
+) -> Bool[Tensor, "row column"]:
+    """The k largest entries among masks that keep the `least` largest of every unit along `axis`.
+
+    (Gao et al. 2025, appendix A.2.) The units' own largest are taken first, the rest is filled by size.
+    """
+    by_unit = weight if axis == 0 else weight.T
+    forced = keep_largest(by_unit.contiguous(), least)
+    forced = (forced if axis == 0 else forced.T).reshape(-1)
+    keep = forced.clone()
+    left = k - int(forced.sum())
+    if left > 0:
+        rest = forced.logical_not().nonzero()[:, 0]
+        keep[rest] = keep_largest(weight.reshape(-1)[rest], left)
+    return keep.view_as(weight)
 
 
 def anneal(config: SparsityConfig, target: float, step: int, num_steps: int) -> float:

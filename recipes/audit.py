@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from bridges.cards import push, write_cards
 from bridges.checkpoint import DenseConfig, check_same_tokenizer
 from bridges.dense import DenseModel
 from bridges.report import summary_rows, write_report
@@ -52,6 +53,11 @@ class AuditConfig(Config):
     held_out_pairs: int = Field(64, ge=2)
     """Held-out pairs per task for the behaviour table, over every task the tokenizer allows."""
     seed: int = 0
+    push_to_hub: bool = False
+    """Upload the run folder (student, bridges, circuits, edits, report) to `hub_model_id`."""
+    hub_model_id: str | None = None
+    hub_private_repo: bool = True
+    hub_revision: str | None = None
 
 
 def main(config: AuditConfig) -> None:
@@ -90,8 +96,17 @@ def main(config: AuditConfig) -> None:
         "provenance": provenance(config.run),
     }
     page = write_report(report, config.run)
+    write_cards(config.run)
     print_summary(report)
     print(f"report: {page}")
+    if config.push_to_hub:
+        sent = push(
+            config.run,
+            config.hub_model_id or "",
+            private=config.hub_private_repo,
+            revision=config.hub_revision,
+        )
+        print(f"pushed: {sent}")
 
 
 def compare_behaviour(

@@ -21,15 +21,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from bridges.losses import cross_entropy, log_probs
 from extractor.artifacts import (
     claim_run_folder,
-    load_checkpoint,
     replace_folder,
-    save_checkpoint,
     write_text,
 )
+from extractor.checkpoints import load_checkpoint, save_checkpoint
 from extractor.config import Config, dump_config, run_recipe
-from extractor.data import DataConfig, TokenBlocks, find_documents, iter_texts, load_blocks
+from extractor.data import DataConfig, TokenBlocks, load_blocks
 from extractor.errors import UsageError
 from extractor.machine import mixed_precision, start_processes, use_all_cores
+from extractor.text import SplitReader, iter_texts
 
 END_OF_TEXT = "<|endoftext|>"
 # Words (with underscores), short digit runs and punctuation runs, each with one leading space; white
@@ -68,11 +68,12 @@ def main(config: PretrainConfig) -> None:
     start_processes()
     set_seed(config.seed)
     accelerator = Accelerator(mixed_precision=mixed_precision("auto"), cpu=not torch.cuda.is_available())
-    find_documents(config.data)  # refuse a missing folder before anything is written
+    SplitReader(config.data, "train")  # refuse a missing source before anything is written
     claim_run_folder(config.output_dir, dump_config(config), is_writer=accelerator.is_main_process)
     tokenizer = load_or_train_tokenizer(config, accelerator)
     train = load_blocks(config.data, tokenizer, "train", max_tokens=config.max_tokens)
-    held_out = load_blocks(config.data, tokenizer, "held_out", max_tokens=2_000_000)
+    held_out = load_blocks(config.data, tokenizer, "held_out", max_tokens=2_000_000, apart_from=train)
+    accelerator.print(f"{train.summary()}\n{held_out.summary()}")
     model = GPT2LMHeadModel(model_config(config, tokenizer))
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -102,7 +103,8 @@ def main(config: PretrainConfig) -> None:
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
         ).to(accelerator.device)
-        loss = cross_entropy(log_probs(wrapped(batch, use_cache=False).logits), batch)
+        logits = wrapped(batch, position_ids=train.positions(batch), use_cache=False).logits
+        loss = cross_entropy(log_probs(logits), batch)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -184,10 +186,10 @@ def learning_rate(step: int, config: PretrainConfig) -> float:
 def evaluate(model: torch.nn.Module, held_out: TokenBlocks, count: int, device: object) -> float:
     """Next-token loss on the first `count` held-out blocks, nats/token."""
     blocks = held_out.first(count).to(device)
-    losses = [
-        cross_entropy(log_probs(model(chunk, use_cache=False).logits), chunk).item() * len(chunk)
-        for chunk in blocks.split(16)
-    ]
+    losses = []
+    for chunk in blocks.split(16):
+        logits = model(chunk, position_ids=held_out.positions(chunk), use_cache=False).logits
+        losses.append(cross_entropy(log_probs(logits), chunk).item() * len(chunk))
     return math.fsum(losses) / len(blocks)
 
 

@@ -11,44 +11,70 @@ Density 1.0 (without AbsTopK) needs no training: the result is an exact, turned 
 Killed, the same command resumes from the last checkpoint and ends in the same weights.
 """
 
-import json
+import os
 import shutil
-import time
+import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from pydantic import Field
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bridges.bridge import BridgeSet
-from bridges.checkpoint import DenseConfig, probe_error
-from bridges.coupled import CoupledLosses, CoupledModel, LossConfig
+from bridges.cards import write_cards
+from bridges.checkpoint import DenseConfig
+from bridges.coupled import CoupledModel, LossConfig
 from bridges.dense import DenseModel
-from bridges.evaluate import compare_on_text, evaluate_bridges, measure_energies_
+from bridges.evaluate import (
+    compare_on_text,
+    evaluate_bridges,
+    evaluate_mixtures,
+    load_plain,
+    measure_energies_,
+    measure_placement,
+)
+from bridges.hub import resolve_folder
+from bridges.plan import describe, plan
 from bridges.warm_start import StudentShape, make_student
 from extractor.artifacts import (
     SCHEMA_VERSION,
     claim_run_folder,
-    load_checkpoint,
     replace_folder,
-    save_checkpoint,
     update_manifest,
     write_json,
-    write_text,
+)
+from extractor.checkpoints import (
+    checkpoint_step,
+    load_optimizer,
+    load_weights,
+    newest_checkpoint,
+    save_checkpoint,
 )
 from extractor.config import Config, dump_config, run_recipe
-from extractor.data import DataConfig, load_blocks
-from extractor.errors import DivergedError
+from extractor.data import DataConfig, TokenBlocks, load_blocks
 from extractor.machine import Precision, mixed_precision, start_processes, use_all_cores
+from extractor.neurons import dead_neurons, revive_
 from extractor.rotation import RotationConfig
-from extractor.sparsity import SparsityConfig, WeightSparsifier, anneal, num_kept
+from extractor.sparsity import SparsityConfig, WeightSparsifier, anneal
 from extractor.student import Student
+from extractor.text import describe_data
+from extractor.training import (
+    Meter,
+    MetricsFile,
+    OptimizerConfig,
+    StopSignals,
+    Watch,
+    control_gradients_,
+    is_due,
+    learning_rate,
+    mean_over_processes,
+)
 
-PROBE_BLOCKS = 8  # for the error of a quantised dense model
+REVIVED_WEIGHTS = 4  # in and out of a revived neuron: the paper's least number
 
 
 class TrainConfig(Config):
@@ -60,51 +86,65 @@ class TrainConfig(Config):
     rotation: RotationConfig = RotationConfig()
     sparsity: SparsityConfig = SparsityConfig()
     loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     max_steps: int = Field(540, ge=0)
     per_device_train_batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(4e-3, gt=0)
-    warmup_steps: int = Field(20, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_accumulation_steps: int = Field(1, ge=1)
     max_train_tokens: int = Field(2_000_000, ge=1)
     """Text read before the first repetition."""
     eval_blocks: int = Field(512, ge=1)
     """Held-out blocks for the losses."""
     bridge_eval_blocks: int = Field(32, ge=1)
     """Held-out blocks for the per-site table, which runs every single-switch pass."""
+    num_mixtures: int = Field(64, ge=1)
+    """Random paths that switch between the models at several sites, evaluated at the end."""
+    mixture_eval_blocks: int = Field(8, ge=1)
+    """Held-out blocks for each of them."""
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(200, ge=1)
+    max_skipped_steps: int = Field(10, ge=0)
+    """Steps in a row that may be skipped because a gradient is not finite."""
+    max_ce_ratio: float = Field(3.0, gt=1)
+    """The run ends as diverged when its text loss exceeds its recent median so many times."""
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """An Accelerate tracker beside metrics.jsonl; its package must be installed."""
     precision: Precision = "auto"
     """`auto`: bf16 autocast where the hardware is fast at it, else fp32. Weights stay fp32."""
+    dry_run: bool = False
+    """Print what the run would need, from the checkpoint's config alone, and stop."""
     seed: int = 0
 
 
 def main(config: TrainConfig) -> None:
+    if config.dry_run:
+        return show_plan(config)
     use_all_cores()
     set_seed(config.seed)
     start_processes()
     accelerator = Accelerator(
-        mixed_precision=mixed_precision(config.precision), cpu=not torch.cuda.is_available()
+        mixed_precision=mixed_precision(config.precision),
+        cpu=not torch.cuda.is_available(),
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.run,
     )
     dense = DenseModel.from_pretrained(config.dense, device=accelerator.device)
-    train = load_blocks(config.data, dense.tokenizer, "train", max_tokens=config.max_train_tokens)
-    held_out_tokens = config.eval_blocks * config.data.context_length
-    held_out = load_blocks(config.data, dense.tokenizer, "held_out", max_tokens=held_out_tokens)
-    # The hash too: a folder or a branch may hold other weights when a killed run goes on.
-    claim = f"{dump_config(config)}# dense sha256 {dense.sha256}\n"
+    train, held_out = load_text(config, dense)
+    # Beside the config: a branch may hold other weights, a launcher another number of processes.
+    claim = f"{dump_config(config)}# dense sha256 {dense.sha256}\n# processes {accelerator.num_processes}\n"
     claim_run_folder(config.run, claim, is_writer=accelerator.is_main_process)
     if (config.run / "evaluation.json").is_file():
         accelerator.print(f"'{config.run}' is already trained with this config; nothing to do")
         return
+    accelerator.init_trackers("sparsebridge", config={"run": str(config.run)})
 
-    plain = load_plain(config, dense)
-    placement = measure_placement(dense, plain, held_out.first(PROBE_BLOCKS))
+    plain = load_plain(config.dense, dense)
+    placement = measure_placement(dense, plain, held_out.first(8))
     student, bridges = make_student(
         plain, config.student, config.rotation, show_progress=accelerator.is_main_process
     )
     student, bridges = student.to(accelerator.device), bridges.to(accelerator.device)
-    measure_energies_(dense, student, bridges, train.first(32))
-    initial = compare_on_text(plain, student, held_out.first(config.bridge_eval_blocks))
+    measure_energies_(dense, student, bridges, *with_positions(train, 32))
+    initial = compare_on_text(plain, student, *with_positions(held_out, config.bridge_eval_blocks))
     del plain
     accelerator.print(
         f"student: {student.num_parameters():,} parameters, KL(dense || student) "
@@ -113,8 +153,9 @@ def main(config: TrainConfig) -> None:
     coupled = CoupledModel(student, bridges, dense, config.loss)
     num_steps = steps_needed(config, accelerator)
     train_tokens = train_student(config, accelerator, coupled, train, num_steps)
+    student, bridges = coupled.whole()
     student.set_activation_frac(config.student.activation_frac)
-    measure_energies_(dense, student, bridges, train.first(32))
+    measure_energies_(dense, student, bridges, *with_positions(train, 32))
     if accelerator.is_main_process:
         save_results(config, dense, student.eval(), bridges, held_out, initial, placement, train_tokens)
         update_manifest(
@@ -124,29 +165,52 @@ def main(config: TrainConfig) -> None:
                 "dense": dense.facts,
                 "train_text_sha256": train.digest,
                 "held_out_text_sha256": held_out.digest,
+                "train_text": train.facts,
+                "held_out_text": held_out.facts,
             },
             outputs=[config.run / name for name in ("student", "bridges", "evaluation.json")],
             seed=config.seed,
         )
-    accelerator.wait_for_everyone()
+        write_cards(config.run)
+    accelerator.end_training()
 
 
-def load_plain(config: TrainConfig, dense: DenseModel) -> DenseModel:
-    """The model whose weights a student can be copied from: in full precision, adapter merged."""
-    if dense.facts["quantization"] == "none" and dense.facts["adapter_mode"] != "live":
-        return dense
-    return DenseModel.from_pretrained(config.dense, device=dense.device, plain=True)
+def show_plan(config: TrainConfig) -> None:
+    """Parameters, tokens, memory and time of this config; no weight is read."""
+    use_all_cores()
+    needed = plan(
+        resolve_folder(config.dense.model_copy(update={"random_weights": True})).path,  # no weights
+        config.student,
+        sparsity=config.sparsity,
+        hybrid=config.loss.hybrid_sites,
+        batch_size=config.per_device_train_batch_size,
+        context_length=config.data.context_length,
+        num_steps=config.max_steps,
+        num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+        quantization=config.dense.quantization,
+        accumulation=config.gradient_accumulation_steps,
+        bf16=mixed_precision(config.precision) == "bf16",
+    )
+    sys.stdout.write(f"{dump_config(config)}\n{describe_data(config.data)}\n{describe(needed)}\n")
 
 
-@torch.no_grad()
-def measure_placement(dense: DenseModel, plain: DenseModel, blocks: Tensor) -> dict[str, Any]:
-    """How the dense model is held, and how far that is from its full precision on held-out text."""
-    kind = {key: dense.facts[key] for key in ("quantization", "adapter", "adapter_mode")}
-    if dense is plain:
-        return kind | {"probe_kl": 0.0, "probe_max_logit_error": 0.0}
-    ids = blocks.to(dense.device)
-    error = probe_error(dense.run(ids, record=False).logits, plain.run(ids, record=False).logits)
-    return kind | {"probe_kl": error["kl"], "probe_max_logit_error": error["max_logit"]}
+def load_text(config: TrainConfig, dense: DenseModel) -> tuple[TokenBlocks, TokenBlocks]:
+    """Training and held-out blocks; no held-out block is also a training block."""
+    if config.data.separate_documents:
+        dense.check_documents_apart()
+    limits = {"max_context": getattr(dense.config, "max_position_embeddings", None)}
+    train = load_blocks(config.data, dense.tokenizer, "train", max_tokens=config.max_train_tokens, **limits)
+    wanted = config.eval_blocks * config.data.context_length
+    held_out = load_blocks(
+        config.data, dense.tokenizer, "held_out", max_tokens=wanted, apart_from=train, **limits
+    )
+    return train, held_out
+
+
+def with_positions(text: TokenBlocks, count: int) -> tuple[Tensor, Tensor | None]:
+    """The first blocks, and their position ids where documents are kept apart."""
+    blocks = text.first(count)
+    return blocks, text.positions(blocks)
 
 
 def steps_needed(config: TrainConfig, accelerator: Accelerator) -> int:
@@ -161,100 +225,106 @@ def steps_needed(config: TrainConfig, accelerator: Accelerator) -> int:
 
 
 def train_student(
-    config: TrainConfig, accelerator: Accelerator, coupled: CoupledModel, train, num_steps: int
+    config: TrainConfig, accelerator: Accelerator, coupled: CoupledModel, train: TokenBlocks, num_steps: int
 ) -> int:
     """The training loop; returns the tokens it used."""
-    student = coupled.student
-    sparsifier = WeightSparsifier(student.sparse_matrices(), config.sparsity, num_steps)
-    tokens_per_step = config.per_device_train_batch_size * config.data.context_length
-    tokens_per_step *= accelerator.num_processes
+    student, folder = coupled.student, config.run / "checkpoints"
+    checkpoint = newest_checkpoint(folder)
+    first_step = checkpoint_step(checkpoint)
+    if checkpoint is not None:
+        load_weights(checkpoint, coupled)
+    trained = [p for p in coupled.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=config.optimizer.learning_rate,
+        betas=config.optimizer.betas,
+        weight_decay=config.optimizer.weight_decay,
+        fused=True,
+    )
+    model, optimizer = accelerator.prepare(coupled, optimizer)
+    if checkpoint is not None:
+        load_optimizer(checkpoint, coupled, optimizer.optimizer)
+    # After `prepare`: sharding puts other tensors in the place of the parameters.
+    sparsifier = WeightSparsifier(dict(student.named_parameters()), config.sparsity, num_steps)
     if num_steps == 0:
         sparsifier.project_(0)
         return 0
-    optimizer = torch.optim.AdamW(
-        [p for p in coupled.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=config.weight_decay,
-        fused=True,
+    metrics = MetricsFile(config.run / "metrics.jsonl", first_step, is_writer=accelerator.is_main_process)
+    watch = Watch(
+        config.run,
+        max_skipped=config.max_skipped_steps,
+        max_ce_ratio=config.max_ce_ratio,
+        is_writer=accelerator.is_main_process,
     )
-    first_step = load_checkpoint(config.run / "checkpoints", coupled, optimizer)
-    metrics = MetricsFile(config.run / "metrics.jsonl", first_step, accelerator)
-    model, optimizer = accelerator.prepare(coupled, optimizer)
-    bar = tqdm(
-        range(first_step, num_steps),
-        desc="train",
-        initial=first_step,
-        total=num_steps,
-        disable=not accelerator.is_main_process,
-        mininterval=2,
-    )
-    started = time.monotonic()
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, num_steps, config)
+    meter = Meter(accelerator, first_step, num_steps, tokens_per_step(config, accelerator))
+    with StopSignals(accelerator) as signals:
+        for step in meter.steps():
+            density = sparsifier.density(step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(
+                    step, num_steps, config.optimizer, density, config.sparsity.density
+                )
+            if config.student.activation_frac is not None:
+                frac = anneal(config.sparsity, config.student.activation_frac, step + 1, num_steps)
+                student.set_activation_frac(frac)
+            losses = accumulate_gradients(config, accelerator, model, train, step)
+            norm = control_gradients_(accelerator, model.parameters(), config.optimizer)
+            if watch.may_step(norm, step + 1, losses):
+                optimizer.step()
+                density = sparsifier.project_(step + 1)
+            optimizer.zero_grad()
+            if is_due(step + 1, config.sparsity.revive_steps):
+                revive_(student, weights=REVIVED_WEIGHTS, seed=config.seed, step=step + 1)
+                sparsifier.project_(step + 1)
+            is_last = step + 1 == num_steps
+            if is_due(step + 1, config.logging_steps) or is_last:
+                row = mean_over_processes(losses, accelerator) | {
+                    "grad_norm": norm,
+                    "density": density,
+                    "dead_neurons": float(sum(int(dead.sum()) for dead in dead_neurons(student))),
+                    "skipped_steps": float(watch.skipped),
+                }
+                watch.check(step + 1, row)
+                metrics.write({"step": step + 1, **row})
+                accelerator.log(row, step=step + 1)
+                meter.show(step + 1, row)
+            may_ask = accelerator.num_processes == 1 or is_due(step + 1, config.logging_steps)
+            is_stopping = may_ask and not is_last and signals.asked()
+            if (is_due(step + 1, config.save_steps) or is_stopping) and not is_last:
+                is_writer = accelerator.is_main_process
+                save_checkpoint(folder, coupled, optimizer.optimizer, step + 1, is_writer=is_writer)
+            if is_stopping:
+                signals.stop(step + 1)
+    return num_steps * tokens_per_step(config, accelerator)
+
+
+def accumulate_gradients(
+    config: TrainConfig, accelerator: Accelerator, model: torch.nn.Module, train: TokenBlocks, step: int
+) -> dict[str, Tensor]:
+    """Backward over a step's micro-batches; returns their mean losses on this process."""
+    count = config.gradient_accumulation_steps
+    sums: dict[str, Tensor] = {}
+    for micro in range(count):
         batch = train.batch(
-            step=step,
+            step=step * count + micro,
             size=config.per_device_train_batch_size,
             seed=config.seed,
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
         ).to(accelerator.device)
-        if config.student.activation_frac is not None:
-            frac = anneal(config.sparsity, config.student.activation_frac, step + 1, num_steps)
-            student.set_activation_frac(frac)
-        losses = model(batch, seed=config.seed, step=step)
-        accelerator.backward(losses.total)
-        accelerator.clip_grad_norm_(coupled.parameters(), config.max_grad_norm)
-        optimizer.step()
-        density = sparsifier.project_(step + 1)
-        optimizer.zero_grad()
-        if (step + 1) % config.logging_steps == 0 or step + 1 == num_steps:
-            row = summarise(losses, accelerator)
-            if not all(abs(value) < float("inf") for value in row.values()):
-                raise DivergedError(f"step {step + 1}: loss is not finite ({row}); lower learning_rate")
-            seconds = (time.monotonic() - started) / (step + 1 - first_step)
-            metrics.write({"step": step + 1, "density": density, **row})
-            bar.set_postfix(
-                kl=f"{row['kl']:.3f}",
-                density=f"{density:.3f}",
-                tok_s=f"{tokens_per_step / seconds:.0f}",
-                refresh=False,
-            )
-        if (step + 1) % config.save_steps == 0 and accelerator.is_main_process:
-            save_checkpoint(config.run / "checkpoints", coupled, optimizer.optimizer, step + 1)
-    return num_steps * tokens_per_step
+        is_last = micro + 1 == count
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            losses = model(batch, train.positions(batch), seed=config.seed, step=step)
+            # Only Accelerate knows the scaler of its precision; the mean over micro-batches is ours.
+            accelerator.backward(losses.total / count)
+        for name, loss in losses._asdict().items():
+            sums[name] = sums.get(name, 0) + loss.detach().float() / count
+    return sums
 
 
-def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
-    """Linear warm-up, then linear to a twentieth."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    left = 1 - 0.95 * step / max(1, num_steps)
-    return config.learning_rate * min(warm, left)
-
-
-def summarise(losses: CoupledLosses, accelerator: Accelerator) -> dict[str, float]:
-    """Means over processes of every loss."""
-    stacked = torch.stack([loss.detach().float() for loss in losses])
-    reduced = accelerator.reduce(stacked, reduction="mean").tolist()
-    return dict(zip(losses._fields, reduced, strict=True))
-
-
-class MetricsFile:
-    """metrics.jsonl: one line per logged step, none twice after a resume."""
-
-    def __init__(self, path: Path, first_step: int, accelerator: Accelerator):
-        self.path = path
-        self.is_writer = accelerator.is_main_process
-        if self.is_writer:
-            lines = path.read_text().splitlines() if path.is_file() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-            write_text(path, "".join(line + "\n" for line in kept))
-
-    def write(self, row: dict[str, float]) -> None:
-        if self.is_writer:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
+def tokens_per_step(config: TrainConfig, accelerator: Accelerator) -> int:
+    blocks = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return blocks * accelerator.num_processes * config.data.context_length
 
 
 def save_results(
@@ -262,23 +332,26 @@ def save_results(
     dense: DenseModel,
     student: Student,
     bridges: BridgeSet,
-    held_out,
+    held_out: TokenBlocks,
     initial: dict[str, float],
     placement: dict[str, Any],
     train_tokens: int,
 ) -> None:
     """Evaluate on held-out text; write student/, bridges/ and evaluation.json, drop checkpoints."""
-    density = config.sparsity.density
-    student.config.density = density
+    student.config.density = config.sparsity.density
+    sparsifier = WeightSparsifier(dict(student.named_parameters()), config.sparsity, num_steps=1)
     matrices = {
         name: {
             "shape": list(matrix.shape),
-            "k": num_kept(matrix.numel(), density) if density < 1 else matrix.numel(),
+            "k": sparsifier.num_kept(name, 1) if name in sparsifier.parameters else matrix.numel(),
             "nonzeros": int(matrix.count_nonzero()),
         }
         for name, matrix in student.sparse_matrices().items()
     }
-    final = compare_on_text(dense, student, held_out.first(config.eval_blocks))
+    wrong = [name for name, matrix in matrices.items() if matrix["nonzeros"] > matrix["k"]]
+    if wrong:
+        raise AssertionError(f"{wrong[0]} holds {matrices[wrong[0]]}: more weights than it was trained to")
+    final = compare_on_text(dense, student, *with_positions(held_out, config.eval_blocks))
     evaluation = {
         "schema_version": SCHEMA_VERSION,
         "dense": {
@@ -291,14 +364,25 @@ def save_results(
             "ce": final["ce"],
             "kl_dense": final["kl_dense"],
             "init_kl_dense": initial["kl_dense"],
-            "density": density,
+            "density": config.sparsity.density,
+            "dead_neurons": sum(int(dead.sum()) for dead in dead_neurons(student)),
             "activation_frac": config.student.activation_frac,
             "nonzeros": sum(int(p.count_nonzero()) for p in student.parameters()),
             "parameters": student.num_parameters(),
             "train_tokens": train_tokens,
             "matrices": matrices,
         },
-        "bridges": evaluate_bridges(dense, student, bridges, held_out.first(config.bridge_eval_blocks)),
+        "bridges": evaluate_bridges(
+            dense, student, bridges, *with_positions(held_out, config.bridge_eval_blocks)
+        ),
+        "mixtures": evaluate_mixtures(
+            dense,
+            student,
+            bridges,
+            *with_positions(held_out, config.mixture_eval_blocks),
+            count=config.num_mixtures,
+            seed=config.seed,
+        ),
         "held_out_tokens": held_out.num_tokens,
     }
 

@@ -1,5 +1,6 @@
 """Small models and checkpoints made in memory, seeded, for every test."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from extractor.student import Student, StudentConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED_DENSE = ROOT / "recipes" / "python" / "dense"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Blocks and rotations of tests stay out of the user's cache; recipes started by tests inherit it."""
+    os.environ["SPARSEBRIDGE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

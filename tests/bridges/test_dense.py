@@ -296,3 +296,11 @@ def test_an_unlisted_family_of_another_shape_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(UnsupportedModelError, match="changes what follows|standard shape"):
         DenseModel(model, allow_unlisted=True)
+
+
+def test_families_that_leak_between_packed_documents_are_found() -> None:
+    """OPT and Falcon do not pass position ids to their masks; Llama does."""
+    DenseModel(tiny_model("Llama")).check_documents_apart()
+    for row in ("OPT", "Falcon (7B)"):
+        with pytest.raises(UnsupportedModelError, match="a packed document sees the one before it"):
+            DenseModel(tiny_model(row)).check_documents_apart()

@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from extractor.sparsity import SparsityConfig, WeightSparsifier, abs_topk, keep_largest, num_kept
+from extractor.errors import InputError
+from extractor.neurons import dead_neurons, revive_
+from extractor.sparsity import (
+    SparsityConfig,
+    WeightSparsifier,
+    abs_topk,
+    floor_axis,
+    keep_largest,
+    num_kept,
+)
+from extractor.student import Student
+from tests.conftest import tiny_student_config
 
 
 def oracle(values: torch.Tensor, k: int) -> torch.Tensor:
@@ -56,6 +67,7 @@ def test_projection_keeps_exactly_k_in_every_matrix() -> None:
     matrices = {"a": torch.nn.Parameter(torch.randn(13, 7)), "b": torch.nn.Parameter(torch.randn(64, 3))}
     before = {name: matrix.detach().clone() for name, matrix in matrices.items()}
     sparsifier = WeightSparsifier(matrices, SparsityConfig(density=0.1, anneal_frac=0.5), num_steps=10)
+    assert sparsifier.num_kept("a", 10) == num_kept(91, 0.1)
     for step in range(1, 11):
         density = sparsifier.project_(step)
         for name, matrix in matrices.items():
@@ -73,3 +85,69 @@ def test_density_schedule(shape: str, middle: float) -> None:
     assert math.isclose(sparsifier.density(25), middle)
     assert math.isclose(sparsifier.density(50), 1 / 16)
     assert math.isclose(sparsifier.density(100), 1 / 16)
+
+
+def test_embeddings_and_biases_have_their_own_densities() -> None:
+    student = Student(tiny_student_config())
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter)
+    config = SparsityConfig(density=0.1, embedding_density=0.5, bias_density=0.25, anneal_frac=0)
+    WeightSparsifier(dict(student.named_parameters()), config, 1).project_(1)
+    assert student.embed_tokens.weight.count_nonzero() == num_kept(97 * 32, 0.5)
+    assert student.lm_head.weight.count_nonzero() == num_kept(97 * 32, 0.5)
+    layer = student.layers[0]
+    assert layer.mlp.up_proj.weight.count_nonzero() == num_kept(48 * 32, 0.1)
+    assert layer.mlp.up_proj.bias.count_nonzero() == 12
+    assert student.lm_head.bias.count_nonzero() == num_kept(97, 0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_neuron_keeps_its_floor_and_the_count_is_the_same(dtype: torch.dtype) -> None:
+    up = torch.nn.Parameter(torch.randn(40, 16).to(dtype))
+    down = torch.nn.Parameter(torch.randn(16, 40).to(dtype))
+    up.data[7] *= 1e-3  # would lose all its weights
+    down.data[:, 9] = 0.5  # ties
+    before = {"mlp.up_proj.weight": up.detach().clone(), "mlp.down_proj.weight": down.detach().clone()}
+    config = SparsityConfig(density=0.2, min_weights_per_neuron=2, anneal_frac=0)
+    parameters = {"mlp.up_proj.weight": up, "mlp.down_proj.weight": down}
+    WeightSparsifier(parameters, config, 1).project_(1)
+    for name, matrix in parameters.items():
+        assert matrix.count_nonzero() == 128
+        assert torch.equal(matrix != 0, floor_oracle(before[name], 128, 2, floor_axis(name)))
+    assert (up != 0).sum(1).min() >= 2
+    assert (down != 0).sum(0).min() >= 2
+
+
+def floor_oracle(weight: torch.Tensor, k: int, least: int, axis: int) -> torch.Tensor:
+    """The paper's rule in plain Python: each unit's own first, then by size, ties by index."""
+    rows, columns = weight.shape
+    size = {(r, c): abs(weight[r, c].item()) for r in range(rows) for c in range(columns)}
+    kept = set()
+    for unit in range(weight.shape[axis]):
+        own = sorted((place for place in size if place[axis] == unit), key=lambda p: (-size[p], p))
+        kept |= set(own[:least])
+    rest = sorted((place for place in size if place not in kept), key=lambda p: (-size[p], p))
+    kept |= set(rest[: k - len(kept)])
+    return torch.tensor([[(r, c) in kept for c in range(columns)] for r in range(rows)])
+
+
+def test_a_floor_without_room_is_refused_with_the_arithmetic() -> None:
+    parameters = {"0.mlp.up_proj.weight": torch.nn.Parameter(torch.randn(64, 16))}
+    config = SparsityConfig(density=1 / 16, min_weights_per_neuron=4)
+    with pytest.raises(InputError, match="64 units, which need 256 weights, and keeps 64 .* at most 1 fit"):
+        WeightSparsifier(parameters, config, 10)
+
+
+def test_dead_neurons_are_counted_and_revived() -> None:
+    student = Student(tiny_student_config(gated_mlp=True))
+    mlp = student.layers[1].mlp
+    with torch.no_grad():
+        mlp.up_proj.weight[3] = 0
+        mlp.down_proj.weight[:, 5] = 0
+    assert [int(dead.sum()) for dead in dead_neurons(student)] == [0, 2]
+    other = Student(tiny_student_config(gated_mlp=True))
+    other.load_state_dict(student.state_dict())
+    assert revive_(student, weights=2, seed=0, step=7) == revive_(other, weights=2, seed=0, step=7) == 2
+    assert sum(int(dead.sum()) for dead in dead_neurons(student)) == 0
+    assert mlp.up_proj.weight[3].count_nonzero() == 2
+    assert torch.equal(mlp.up_proj.weight, other.layers[1].mlp.up_proj.weight)

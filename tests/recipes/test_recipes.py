@@ -73,7 +73,7 @@ def test_whole_job_leaves_every_artefact(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert names == {
         "config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "student", "bridges",
-        "circuits", "edits", "report.json", "report.html",
+        "circuits", "edits", "report.json", "report.html", "README.md",
     }  # fmt: skip
     for path in trained.rglob("*"):
         assert path.suffix not in {".bin", ".pkl", ".pt", ".pickle"}
@@ -238,7 +238,7 @@ def test_a_finished_run_is_kept_and_another_config_refused(
     assert "already trained" in capsys.readouterr().out
     assert (trained / "student" / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(SystemExit) as stopped:
-        run_in_process(monkeypatch, "train", *arguments, "--learning_rate", "0.5")
+        run_in_process(monkeypatch, "train", *arguments, "--optimizer.learning_rate", "0.5")
     assert stopped.value.code == 3
     assert "holds a run with another config" in capsys.readouterr().err
 
@@ -254,7 +254,7 @@ def test_divergence_ends_in_its_own_code(tiny_checkpoint, tmp_path, monkeypatch,
             "--run",
             run,
             *TRAIN,
-            "--learning_rate",
+            "--optimizer.learning_rate",
             "1e30",
         )
     assert stopped.value.code == 5

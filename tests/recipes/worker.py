@@ -1,0 +1,100 @@
+"""Twenty steps of the recipe's own loop functions on a tiny model, on however many processes there are.
+
+    torchrun --nproc_per_node 2 -m tests.recipes.worker <ddp|fsdp> <batch per process> <accumulation> <out>
+
+Writes what every process saw: losses of each step, the whole gradient of the first, the nonzeros of every
+matrix after each step, and the final weights. `fsdp` shards by hand what Accelerate would shard on GPUs:
+Accelerate 1.15 starts FSDP on no CPU.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from bridges.coupled import CoupledModel
+from bridges.dense import DenseModel
+from bridges.evaluate import measure_energies_
+from bridges.warm_start import make_student
+from extractor.checkpoints import save_checkpoint
+from extractor.data import TokenBlocks
+from extractor.machine import whole
+from extractor.sparsity import WeightSparsifier
+from extractor.training import control_gradients_
+from recipes.train import TrainConfig, accumulate_gradients
+from tests.conftest import tiny_gpt2
+
+STEPS = 20
+
+
+def main(mode: str, batch: int, accumulation: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    config = TrainConfig.model_validate(
+        {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "rotation": {"enabled": False},
+            "sparsity": {"density": 0.2, "anneal_frac": 0.5},
+            "data": {"context_length": 16},
+        }
+    )
+    dense = DenseModel(tiny_gpt2())
+    blocks = np.random.default_rng(0).integers(1, 97, (64, 16), dtype=np.int32)
+    train = TokenBlocks(blocks, "worker")
+    student, bridges = make_student(dense, config.student, config.rotation)
+    measure_energies_(dense, student, bridges, train.first(16))
+    coupled = CoupledModel(student.train(), bridges, dense, config.loss)
+    if mode == "fsdp":
+        mesh = init_device_mesh("cpu", (accelerator.num_processes,))
+        for layer in student.layers:
+            fully_shard(layer, mesh=mesh)
+        model = fully_shard(coupled, mesh=mesh)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    else:
+        optimizer = torch.optim.AdamW(coupled.parameters(), lr=1e-3, fused=True)
+        model, optimizer = accelerator.prepare(coupled, optimizer)
+    sparsifier = WeightSparsifier(dict(student.named_parameters()), config.sparsity, STEPS)
+    record: dict[str, list] = {"losses": [], "exact": []}
+    gradients = {}
+    for step in range(STEPS):
+        losses = accumulate_gradients(config, accelerator, model, train, step)
+        mean = accelerator.reduce(torch.stack(list(losses.values())), reduction="mean")
+        record["losses"].append(mean.tolist())
+        if step == 0:
+            gradients = {name: whole(p.grad).clone() for name, p in coupled.named_parameters()}
+        control_gradients_(accelerator, model.parameters(), config.optimizer)
+        optimizer.step()
+        sparsifier.project_(step + 1)
+        counts = {name: int(whole(p).count_nonzero()) for name, p in sparsifier.parameters.items()}
+        record["exact"].append(all(n == sparsifier.num_kept(name, step + 1) for name, n in counts.items()))
+        optimizer.zero_grad()
+        if step == STEPS // 2:  # an evaluation in between must not lose the projection (FSDP2)
+            with torch.no_grad():
+                model(train.first(2), seed=0, step=step)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    is_writer = accelerator.is_main_process
+    save_checkpoint(out / "checkpoints", coupled, inner, STEPS, is_writer=is_writer)
+    weights = {name: whole(p).detach().clone() for name, p in coupled.named_parameters()}
+    loaded, _ = coupled.whole()
+    record["whole"] = all(
+        torch.equal(value, weights[f"student.{name}"]) for name, value in loaded.named_parameters()
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    rank = accelerator.process_index
+    (out / f"record-{rank}.json").write_text(json.dumps(record))
+    if is_writer:
+        save_file(gradients, out / "gradients.safetensors")
+        save_file(weights, out / "weights.safetensors")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
