@@ -37,10 +37,17 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "fsdp": [*torchrun, "-m", "tests.recipes.worker", "fsdp", "4", "1"],
     }
     for name, command in runs.items():
-        process = start(*command, folder / name, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, (name, errors[-2000:])
-    return {name: folder / name for name in runs}
+        run_worker(*command, folder / name)
+    for name in ("ddp", "fsdp"):  # stopped half way, then started again
+        for last in (10, 20):
+            run_worker(*runs[name], folder / f"{name} resumed", last)
+    return {path.name: path for path in folder.iterdir()}
+
+
+def run_worker(*command: object) -> None:
+    process = start(*command, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, (command, errors[-2000:])
 
 
 @pytest.mark.parametrize("name", ["accumulated", "ddp", "ddp accumulated", "fsdp"])
@@ -61,6 +68,14 @@ def test_gradients_losses_and_weights_equal_one_process(name: str, workers: dict
     weights, other_weights = (load_file(run / "weights.safetensors") for run in (one, other))
     for key, weight in weights.items():
         assert (weight - other_weights[key]).abs().max() < 1e-3, key
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_processes_resume_to_the_same_bits(name: str, workers: dict[str, Path]) -> None:
+    for file in ("weights.safetensors", "checkpoints/checkpoint-20/optimizer.safetensors"):
+        straight, resumed = (load_file(workers[run] / file) for run in (name, f"{name} resumed"))
+        assert straight.keys() == resumed.keys()
+        assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
 
 
 def test_a_checkpoint_does_not_know_how_many_processes_wrote_it(workers: dict[str, Path]) -> None:

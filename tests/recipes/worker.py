@@ -1,7 +1,8 @@
 """Twenty steps of the recipe's own loop functions on a tiny model, on however many processes there are.
 
-    torchrun --nproc_per_node 2 -m tests.recipes.worker <ddp|fsdp> <batch per process> <accumulation> <out>
+    torchrun --nproc_per_node 2 -m tests.recipes.worker <ddp|fsdp> <batch> <accumulation> <out> [last]
 
+With `last` it stops after that many steps; started again on the same folder it goes on from its checkpoint.
 Writes what every process saw: losses of each step, the whole gradient of the first, the nonzeros of every
 matrix after each step, and the final weights. `fsdp` shards by hand what Accelerate would shard on GPUs:
 Accelerate 1.15 starts FSDP on no CPU.
@@ -22,7 +23,13 @@ from bridges.coupled import CoupledModel
 from bridges.dense import DenseModel
 from bridges.evaluate import measure_energies_
 from bridges.warm_start import make_student
-from extractor.checkpoints import save_checkpoint
+from extractor.checkpoints import (
+    checkpoint_step,
+    load_optimizer,
+    load_weights,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from extractor.data import TokenBlocks
 from extractor.machine import whole
 from extractor.sparsity import WeightSparsifier
@@ -33,7 +40,7 @@ from tests.conftest import tiny_gpt2
 STEPS = 20
 
 
-def main(mode: str, batch: int, accumulation: int, out: Path) -> None:
+def main(mode: str, batch: int, accumulation: int, out: Path, last: int = STEPS) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
@@ -52,6 +59,9 @@ def main(mode: str, batch: int, accumulation: int, out: Path) -> None:
     student, bridges = make_student(dense, config.student, config.rotation)
     measure_energies_(dense, student, bridges, train.first(16))
     coupled = CoupledModel(student.train(), bridges, dense, config.loss)
+    checkpoint = newest_checkpoint(out / "checkpoints")
+    if checkpoint is not None:
+        load_weights(checkpoint, coupled)
     if mode == "fsdp":
         mesh = init_device_mesh("cpu", (accelerator.num_processes,))
         for layer in student.layers:
@@ -61,10 +71,13 @@ def main(mode: str, batch: int, accumulation: int, out: Path) -> None:
     else:
         optimizer = torch.optim.AdamW(coupled.parameters(), lr=1e-3, fused=True)
         model, optimizer = accelerator.prepare(coupled, optimizer)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if checkpoint is not None:
+        load_optimizer(checkpoint, coupled, inner)
     sparsifier = WeightSparsifier(dict(student.named_parameters()), config.sparsity, STEPS)
     record: dict[str, list] = {"losses": [], "exact": []}
     gradients = {}
-    for step in range(STEPS):
+    for step in range(checkpoint_step(checkpoint), last):
         losses = accumulate_gradients(config, accelerator, model, train, step)
         mean = accelerator.reduce(torch.stack(list(losses.values())), reduction="mean")
         record["losses"].append(mean.tolist())
@@ -79,9 +92,8 @@ def main(mode: str, batch: int, accumulation: int, out: Path) -> None:
         if step == STEPS // 2:  # an evaluation in between must not lose the projection (FSDP2)
             with torch.no_grad():
                 model(train.first(2), seed=0, step=step)
-    inner = getattr(optimizer, "optimizer", optimizer)
     is_writer = accelerator.is_main_process
-    save_checkpoint(out / "checkpoints", coupled, inner, STEPS, is_writer=is_writer)
+    save_checkpoint(out / "checkpoints", coupled, inner, last, is_writer=is_writer)
     weights = {name: whole(p).detach().clone() for name, p in coupled.named_parameters()}
     loaded, _ = coupled.whole()
     record["whole"] = all(
@@ -90,11 +102,12 @@ def main(mode: str, batch: int, accumulation: int, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rank = accelerator.process_index
     (out / f"record-{rank}.json").write_text(json.dumps(record))
-    if is_writer:
+    if is_writer and gradients:
         save_file(gradients, out / "gradients.safetensors")
+    if is_writer:
         save_file(weights, out / "weights.safetensors")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), *map(int, sys.argv[5:]))
