@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -82,7 +84,7 @@ class DenseModel:
         self.sites = sites(len(self.blocks), parallel=self.is_parallel)
         self.removes_mean = removes_mean(self.final_norm, self.width, model.device)
         # What blocks and attentions return: a tensor, or a tuple that begins with one.
-        self._returns: dict[type[nn.Module], int | None] = {}
+        self._returns: dict[str, int | None] = {}
         if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
             model.set_attn_implementation(ATTENTION)
         self.check()
@@ -123,6 +125,13 @@ class DenseModel:
     def width(self) -> int:
         """Channels of the residual stream."""
         return self.config.hidden_size
+
+    def shard_(self, device: torch.device) -> None:
+        """Spread the weights over all processes (FSDP2); every forward is then a collective call."""
+        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        for block in self.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
     def run(
         self,
@@ -192,7 +201,7 @@ class DenseModel:
         """Earlier sublayers pass on what they get, and the site's block gets `resid`."""
         block = self.blocks[site.layer]
         for earlier in self.blocks[: site.layer]:
-            stack.enter_context(forward_replaced(earlier, self._passing_on(earlier)))
+            stack.enter_context(forward_replaced(earlier, self._passing_on))
         stack.enter_context(hooked(block.register_forward_pre_hook(replace_input(resid))))
         if site.stream == "resid_mid":
             stack.enter_context(self._without_attention(block))
@@ -253,8 +262,9 @@ class DenseModel:
         ids = torch.arange(1, 1 + length, device=self.device)[None] % self.config.vocab_size
         plain = self.model(ids, use_cache=False).logits
         with ExitStack() as stack:
-            for module in (self.blocks[0], getattr(self.blocks[0], self.layout.attention)):
-                stack.enter_context(hooked(module.register_forward_hook(self._note_output)))
+            attention = getattr(self.blocks[0], self.layout.attention)
+            for name, module in (("block", self.blocks[0]), ("attention", attention)):
+                stack.enter_context(hooked(module.register_forward_hook(self._noting_output(name))))
             for block in self.blocks:
                 stack.enter_context(hooked(block.register_forward_pre_hook(replace_input(None))))
             run = self.run(ids)
@@ -325,21 +335,24 @@ class DenseModel:
         with hooked(module.register_forward_pre_hook(keep)):
             yield
 
-    def _note_output(self, module: nn.Module, args: tuple, output: object) -> None:
-        self._returns[type(module)] = len(output) if isinstance(output, tuple) else None
+    def _noting_output(self, name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple, output: object) -> None:
+            self._returns[name] = len(output) if isinstance(output, tuple) else None
 
-    def _like_output_of(self, module: nn.Module, hidden: Tensor) -> object:
-        count = self._returns[type(module)]
+        return note
+
+    def _like_output_of(self, name: str, hidden: Tensor) -> object:
+        count = self._returns[name]
         return hidden if count is None else (hidden, *[None] * (count - 1))
 
-    def _passing_on(self, block: nn.Module) -> Callable[..., object]:
-        return lambda hidden_states, *args, **kwargs: self._like_output_of(block, hidden_states)
+    def _passing_on(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+        return self._like_output_of("block", hidden_states)
 
     def _without_attention(self, block: nn.Module) -> AbstractContextManager[None]:
         attention = getattr(block, self.layout.attention)
 
         def write_nothing(hidden_states: Tensor, *args: object, **kwargs: object) -> object:
-            return self._like_output_of(attention, torch.zeros_like(hidden_states))
+            return self._like_output_of("attention", torch.zeros_like(hidden_states))
 
         return forward_replaced(attention, write_nothing)
 

@@ -46,6 +46,8 @@ class DenseConfig(Config):
     """A folder to take the tokenizer from, for a checkpoint that has none."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """bitsandbytes, for training against the model. Student and edits use the unquantised weights."""
+    placement: Literal["replicate", "shard"] = "replicate"
+    """Whole on every process, or spread over all of them (FSDP2) while a student is trained."""
     adapter: str | None = None
     """A PEFT LoRA adapter folder on top of the checkpoint."""
     adapter_mode: Literal["merged", "live"] = "merged"

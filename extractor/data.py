@@ -67,6 +67,11 @@ class TokenBlocks:
         """The first `count` blocks (all, if there are fewer)."""
         return torch.from_numpy(self.blocks[:count].astype(np.int64))
 
+    def sample(self, count: int) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"] | None]:
+        """The first `count` blocks with their position ids."""
+        blocks = self.first(count)
+        return blocks, self.positions(blocks)
+
     def positions(self, input_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"] | None:
         """Positions that start at 0 in every block and after every end of text; None: documents are joined.
 

@@ -127,12 +127,20 @@ class StopSignals:
         )
 
 
+class WatchConfig(Config):
+    """When a run is given up."""
+
+    max_skipped: int = Field(10, ge=0)
+    """Steps in a row that may be skipped because a gradient is not finite."""
+    max_ce_ratio: float = Field(3.0, gt=1)
+    """A text loss this many times its recent median ends the run as diverged."""
+
+
 class Watch:
     """Skips steps whose gradients are not finite, and gives up on a run that does not come back."""
 
-    def __init__(self, run: Path, *, max_skipped: int, max_ce_ratio: float, is_writer: bool):
-        self.run, self.is_writer = run, is_writer
-        self.max_skipped, self.max_ce_ratio = max_skipped, max_ce_ratio
+    def __init__(self, run: Path, config: WatchConfig, *, is_writer: bool):
+        self.run, self.config, self.is_writer = run, config, is_writer
         self.skipped = 0
         self.recent: deque[float] = deque(maxlen=50)
 
@@ -146,7 +154,7 @@ class Watch:
             self.skipped = 0
             return True
         self.skipped += 1
-        if self.skipped > self.max_skipped:
+        if self.skipped > self.config.max_skipped:
             values = {name: float(loss.detach()) for name, loss in losses.items()}
             self._give_up(
                 step, f"loss is not finite (gradient norm {norm}, {self.skipped} steps in a row)", values
@@ -158,7 +166,7 @@ class Watch:
         usual = statistics.median(self.recent) if len(self.recent) >= 5 else math.inf
         if not all(map(math.isfinite, row.values())):
             self._give_up(step, "loss is not finite", row)
-        if row["ce"] > self.max_ce_ratio * usual:
+        if row["ce"] > self.config.max_ce_ratio * usual:
             self._give_up(step, f"ce is {row['ce']:.2f} nats/token, its median was {usual:.2f}", row)
         self.recent.append(row["ce"])
 

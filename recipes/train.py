@@ -3,14 +3,14 @@
     accelerate launch recipes/train.py --config recipes/python/train.yaml --sparsity.density 0.125
 
 1. Copy the dense model exactly into a student, turn its bases until the matrices are sparse.
-2. Train student and bridges together while density falls to its target; after every step each matrix
-   is projected to exactly its k largest weights.
+2. Train student and bridges while density falls; after every step each matrix keeps its k largest weights.
 3. Evaluate on held-out text and write student/, bridges/ and evaluation.json into the run folder.
 
 Density 1.0 (without AbsTopK) needs no training: the result is an exact, turned view of the dense model.
 Killed, the same command resumes from the last checkpoint and ends in the same weights.
 """
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from pydantic import Field
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from bridges.bridge import BridgeSet
 from bridges.cards import write_cards
@@ -56,6 +57,7 @@ from extractor.checkpoints import (
 )
 from extractor.config import Config, dump_config, run_recipe
 from extractor.data import DataConfig, TokenBlocks, load_blocks
+from extractor.errors import UsageError
 from extractor.machine import Precision, mixed_precision, start_processes, use_all_cores
 from extractor.neurons import dead_neurons, revive_
 from extractor.rotation import RotationConfig
@@ -68,13 +70,14 @@ from extractor.training import (
     OptimizerConfig,
     StopSignals,
     Watch,
+    WatchConfig,
     control_gradients_,
     is_due,
     learning_rate,
     mean_over_processes,
 )
 
-REVIVED_WEIGHTS = 4  # in and out of a revived neuron: the paper's least number
+REVIVED_WEIGHTS = 4  # in and out of a neuron: the paper's least number
 
 
 class TrainConfig(Config):
@@ -95,17 +98,14 @@ class TrainConfig(Config):
     eval_blocks: int = Field(512, ge=1)
     """Held-out blocks for the losses."""
     bridge_eval_blocks: int = Field(32, ge=1)
-    """Held-out blocks for the per-site table, which runs every single-switch pass."""
+    """Held-out blocks for every single-switch pass."""
     num_mixtures: int = Field(64, ge=1)
     """Random paths that switch between the models at several sites, evaluated at the end."""
     mixture_eval_blocks: int = Field(8, ge=1)
     """Held-out blocks for each of them."""
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(200, ge=1)
-    max_skipped_steps: int = Field(10, ge=0)
-    """Steps in a row that may be skipped because a gradient is not finite."""
-    max_ce_ratio: float = Field(3.0, gt=1)
-    """The run ends as diverged when its text loss exceeds its recent median so many times."""
+    watch: WatchConfig = WatchConfig()
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """An Accelerate tracker beside metrics.jsonl; its package must be installed."""
     precision: Precision = "auto"
@@ -127,6 +127,8 @@ def main(config: TrainConfig) -> None:
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.run,
     )
+    is_sharded = config.dense.placement == "shard" and accelerator.num_processes > 1
+    refuse_combinations(config, is_sharded)
     dense = DenseModel.from_pretrained(config.dense, device=accelerator.device)
     train, held_out = load_text(config, dense)
     # Beside the config: a branch may hold other weights, a launcher another number of processes.
@@ -139,24 +141,26 @@ def main(config: TrainConfig) -> None:
 
     plain = load_plain(config.dense, dense)
     placement = measure_placement(dense, plain, held_out.first(8))
-    student, bridges = make_student(
-        plain, config.student, config.rotation, show_progress=accelerator.is_main_process
-    )
+    student, bridges = make_student(plain, config.student, config.rotation, accelerator.is_main_process)
     student, bridges = student.to(accelerator.device), bridges.to(accelerator.device)
-    measure_energies_(dense, student, bridges, *with_positions(train, 32))
-    initial = compare_on_text(plain, student, *with_positions(held_out, config.bridge_eval_blocks))
+    measure_energies_(dense, student, bridges, *train.sample(32))
+    initial = compare_on_text(plain, student, *held_out.sample(config.bridge_eval_blocks))
     del plain
     accelerator.print(
         f"student: {student.num_parameters():,} parameters, KL(dense || student) "
         f"{initial['kl_dense']:.1e} nats/token before training"
     )
+    if is_sharded:
+        dense.shard_(accelerator.device)
     coupled = CoupledModel(student, bridges, dense, config.loss)
     num_steps = steps_needed(config, accelerator)
     train_tokens = train_student(config, accelerator, coupled, train, num_steps)
     student, bridges = coupled.whole()
     student.set_activation_frac(config.student.activation_frac)
-    measure_energies_(dense, student, bridges, *with_positions(train, 32))
+    measure_energies_(dense, student, bridges, *train.sample(32))
     if accelerator.is_main_process:
+        if is_sharded:  # evaluated by this process alone, so whole again
+            dense = DenseModel.from_pretrained(config.dense, device=accelerator.device)
         save_results(config, dense, student.eval(), bridges, held_out, initial, placement, train_tokens)
         update_manifest(
             config.run,
@@ -173,6 +177,14 @@ def main(config: TrainConfig) -> None:
         )
         write_cards(config.run)
     accelerator.end_training()
+
+
+def refuse_combinations(config: TrainConfig, is_sharded: bool) -> None:
+    """Raises UsageError for keys that do not go together."""
+    if is_sharded and (config.loss.hybrid_sites == "multi" or config.dense.quantization != "none"):
+        raise UsageError("dense.placement shard goes with loss.hybrid_sites sampled or all, unquantised")
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise UsageError(f"report_to {config.report_to}: the package is not installed; pip install it")
 
 
 def show_plan(config: TrainConfig) -> None:
@@ -205,12 +217,6 @@ def load_text(config: TrainConfig, dense: DenseModel) -> tuple[TokenBlocks, Toke
         config.data, dense.tokenizer, "held_out", max_tokens=wanted, apart_from=train, **limits
     )
     return train, held_out
-
-
-def with_positions(text: TokenBlocks, count: int) -> tuple[Tensor, Tensor | None]:
-    """The first blocks, and their position ids where documents are kept apart."""
-    blocks = text.first(count)
-    return blocks, text.positions(blocks)
 
 
 def steps_needed(config: TrainConfig, accelerator: Accelerator) -> int:
@@ -246,16 +252,13 @@ def train_student(
         load_optimizer(checkpoint, coupled, optimizer.optimizer)
     # After `prepare`: sharding puts other tensors in the place of the parameters.
     sparsifier = WeightSparsifier(dict(student.named_parameters()), config.sparsity, num_steps)
+    if config.sparsity.revive_steps and any(isinstance(p, DTensor) for p in student.parameters()):
+        raise UsageError("sparsity.revive_steps writes single weights, which FSDP2 shards; use DDP, or 0")
     if num_steps == 0:
         sparsifier.project_(0)
         return 0
     metrics = MetricsFile(config.run / "metrics.jsonl", first_step, is_writer=accelerator.is_main_process)
-    watch = Watch(
-        config.run,
-        max_skipped=config.max_skipped_steps,
-        max_ce_ratio=config.max_ce_ratio,
-        is_writer=accelerator.is_main_process,
-    )
+    watch = Watch(config.run, config.watch, is_writer=accelerator.is_main_process)
     meter = Meter(accelerator, first_step, num_steps, tokens_per_step(config, accelerator))
     with StopSignals(accelerator) as signals:
         for step in meter.steps():
@@ -291,8 +294,7 @@ def train_student(
             may_ask = accelerator.num_processes == 1 or is_due(step + 1, config.logging_steps)
             is_stopping = may_ask and not is_last and signals.asked()
             if (is_due(step + 1, config.save_steps) or is_stopping) and not is_last:
-                is_writer = accelerator.is_main_process
-                save_checkpoint(folder, coupled, optimizer.optimizer, step + 1, is_writer=is_writer)
+                save_checkpoint(folder, coupled, optimizer.optimizer, step + 1, is_writer=watch.is_writer)
             if is_stopping:
                 signals.stop(step + 1)
     return num_steps * tokens_per_step(config, accelerator)
@@ -351,7 +353,7 @@ def save_results(
     wrong = [name for name, matrix in matrices.items() if matrix["nonzeros"] > matrix["k"]]
     if wrong:
         raise AssertionError(f"{wrong[0]} holds {matrices[wrong[0]]}: more weights than it was trained to")
-    final = compare_on_text(dense, student, *with_positions(held_out, config.eval_blocks))
+    final = compare_on_text(dense, student, *held_out.sample(config.eval_blocks))
     evaluation = {
         "schema_version": SCHEMA_VERSION,
         "dense": {
@@ -372,14 +374,12 @@ def save_results(
             "train_tokens": train_tokens,
             "matrices": matrices,
         },
-        "bridges": evaluate_bridges(
-            dense, student, bridges, *with_positions(held_out, config.bridge_eval_blocks)
-        ),
+        "bridges": evaluate_bridges(dense, student, bridges, *held_out.sample(config.bridge_eval_blocks)),
         "mixtures": evaluate_mixtures(
             dense,
             student,
             bridges,
-            *with_positions(held_out, config.mixture_eval_blocks),
+            *held_out.sample(config.mixture_eval_blocks),
             count=config.num_mixtures,
             seed=config.seed,
         ),

@@ -17,7 +17,14 @@ from safetensors.torch import load_file
 
 from extractor.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from extractor.errors import DivergedError, MachineError
-from extractor.training import MetricsFile, OptimizerConfig, Watch, control_gradients_, learning_rate
+from extractor.training import (
+    MetricsFile,
+    OptimizerConfig,
+    Watch,
+    WatchConfig,
+    control_gradients_,
+    learning_rate,
+)
 from tests.conftest import ROOT
 from tests.recipes.test_recipes import TRAIN, metrics_of, run_in_process, start
 
@@ -35,6 +42,8 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "ddp": [*torchrun, "-m", "tests.recipes.worker", "ddp", "4", "1"],
         "ddp accumulated": [*torchrun, "-m", "tests.recipes.worker", "ddp", "1", "4"],
         "fsdp": [*torchrun, "-m", "tests.recipes.worker", "fsdp", "4", "1"],
+        "dense sharded": [*torchrun, "-m", "tests.recipes.worker", "shard", "4", "1"],
+        "nan": [*torchrun, "-m", "tests.recipes.worker", "nan", "4", "1"],
     }
     for name, command in runs.items():
         run_worker(*command, folder / name)
@@ -50,7 +59,7 @@ def run_worker(*command: object) -> None:
     assert process.returncode == 0, (command, errors[-2000:])
 
 
-@pytest.mark.parametrize("name", ["accumulated", "ddp", "ddp accumulated", "fsdp"])
+@pytest.mark.parametrize("name", ["accumulated", "ddp", "ddp accumulated", "fsdp", "dense sharded"])
 def test_gradients_losses_and_weights_equal_one_process(name: str, workers: dict[str, Path]) -> None:
     one, other = workers["one"], workers[name]
     gradients, others = (load_file(run / "gradients.safetensors") for run in (one, other))
@@ -68,6 +77,17 @@ def test_gradients_losses_and_weights_equal_one_process(name: str, workers: dict
     weights, other_weights = (load_file(run / "weights.safetensors") for run in (one, other))
     for key, weight in weights.items():
         assert (weight - other_weights[key]).abs().max() < 1e-3, key
+
+
+def test_row_34_a_loss_that_is_no_number_on_one_process_skips_the_step_on_all(
+    workers: dict[str, Path],
+) -> None:
+    records = [json.loads(path.read_text()) for path in sorted(workers["nan"].glob("record-*.json"))]
+    assert len(records) == 2
+    for record in records:
+        assert record["taken"] == [step != 3 for step in range(20)]
+    weights = load_file(workers["nan"] / "weights.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
@@ -312,7 +332,7 @@ def test_gradient_control(control: str, rms_after: float, scale: float) -> None:
 
 
 def test_a_gradient_that_is_not_finite_skips_its_step_and_then_ends_the_run(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, max_skipped=2, max_ce_ratio=3, is_writer=True)
+    watch = Watch(tmp_path, WatchConfig(max_skipped=2), is_writer=True)
     losses = {"ce": torch.tensor(float("nan"))}
     assert not watch.may_step(float("nan"), 1, losses)
     assert watch.may_step(1.0, 2, losses)  # back again: counted anew
@@ -324,7 +344,7 @@ def test_a_gradient_that_is_not_finite_skips_its_step_and_then_ends_the_run(tmp_
 
 
 def test_a_text_loss_far_above_its_median_is_divergence(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, max_skipped=2, max_ce_ratio=3, is_writer=True)
+    watch = Watch(tmp_path, WatchConfig(max_skipped=2), is_writer=True)
     for step in range(10):
         watch.check(step, {"ce": 2.0, "total": 2.0})
     with pytest.raises(DivergedError, match="ce is 6.50 nats/token, its median was 2.00"):

@@ -286,13 +286,14 @@ def test_pretraining_gives_a_checkpoint_that_train_can_start_from(tmp_path, monk
 # --- processes ---------------------------------------------------------------------------------------------
 
 
-def test_two_processes_equal_one(tiny_checkpoint, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("placement", ["replicate", "shard"])
+def test_two_processes_equal_one(placement: str, tiny_checkpoint, tmp_path, monkeypatch) -> None:
     """Half the batch on each of two gloo processes: the same losses and the same weights."""
     one, two = tmp_path / "one", tmp_path / "two"
     shared = ["--dense.path", str(tiny_checkpoint), *TRAIN]
     process = start(
         "accelerate", "launch", "--config_file", "recipes/accelerate/cpu2.yaml", "recipes/train.py",
-        *shared, "--run", two, "--per_device_train_batch_size", "2",
+        *shared, "--run", two, "--per_device_train_batch_size", "2", "--dense.placement", placement,
     )  # fmt: skip
     run_in_process(monkeypatch, "train", *shared, "--run", one)
     _, errors = process.communicate(timeout=300)

@@ -1,14 +1,16 @@
 """Twenty steps of the recipe's own loop functions on a tiny model, on however many processes there are.
 
-    torchrun --nproc_per_node 2 -m tests.recipes.worker <ddp|fsdp> <batch> <accumulation> <out> [last]
+    torchrun --nproc_per_node 2 -m tests.recipes.worker <mode> <batch> <accumulation> <out> [last]
 
-With `last` it stops after that many steps; started again on the same folder it goes on from its checkpoint.
-Writes what every process saw: losses of each step, the whole gradient of the first, the nonzeros of every
-matrix after each step, and the final weights. `fsdp` shards by hand what Accelerate would shard on GPUs:
-Accelerate 1.15 starts FSDP on no CPU.
+Modes: `ddp`; `fsdp`, sharded by hand as Accelerate would on GPUs (1.15 starts FSDP on no CPU); `shard`, with
+the dense model sharded; `nan`, where one process's loss is no number, once. With `last` it stops after that
+many steps; started again on the same folder it goes on from its checkpoint. Writes what every process saw:
+losses of each step, the whole gradient of the first, whether every matrix had exactly k nonzeros after each
+step, and the final weights.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from extractor.checkpoints import (
 from extractor.data import TokenBlocks
 from extractor.machine import whole
 from extractor.sparsity import WeightSparsifier
-from extractor.training import control_gradients_
+from extractor.training import Watch, WatchConfig, control_gradients_
 from recipes.train import TrainConfig, accumulate_gradients
 from tests.conftest import tiny_gpt2
 
@@ -58,6 +60,8 @@ def main(mode: str, batch: int, accumulation: int, out: Path, last: int = STEPS)
     train = TokenBlocks(blocks, "worker")
     student, bridges = make_student(dense, config.student, config.rotation)
     measure_energies_(dense, student, bridges, train.first(16))
+    if mode == "shard":
+        dense.shard_(accelerator.device)
     coupled = CoupledModel(student.train(), bridges, dense, config.loss)
     checkpoint = newest_checkpoint(out / "checkpoints")
     if checkpoint is not None:
@@ -75,16 +79,22 @@ def main(mode: str, batch: int, accumulation: int, out: Path, last: int = STEPS)
     if checkpoint is not None:
         load_optimizer(checkpoint, coupled, inner)
     sparsifier = WeightSparsifier(dict(student.named_parameters()), config.sparsity, STEPS)
-    record: dict[str, list] = {"losses": [], "exact": []}
+    record: dict[str, list] = {"losses": [], "exact": [], "taken": []}
+    watch = Watch(out, WatchConfig(max_skipped=2), is_writer=False)
     gradients = {}
     for step in range(checkpoint_step(checkpoint), last):
+        if mode == "nan" and step == 3 and accelerator.process_index == 1:
+            coupled.config = config.loss.model_copy(update={"ce": math.nan})
         losses = accumulate_gradients(config, accelerator, model, train, step)
+        coupled.config = config.loss
         mean = accelerator.reduce(torch.stack(list(losses.values())), reduction="mean")
         record["losses"].append(mean.tolist())
         if step == 0:
             gradients = {name: whole(p.grad).clone() for name, p in coupled.named_parameters()}
-        control_gradients_(accelerator, model.parameters(), config.optimizer)
-        optimizer.step()
+        norm = control_gradients_(accelerator, model.parameters(), config.optimizer)
+        record["taken"].append(watch.may_step(norm, step + 1, losses))
+        if record["taken"][-1]:
+            optimizer.step()
         sparsifier.project_(step + 1)
         counts = {name: int(whole(p).count_nonzero()) for name, p in sparsifier.parameters.items()}
         record["exact"].append(all(n == sparsifier.num_kept(name, step + 1) for name, n in counts.items()))
