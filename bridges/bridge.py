@@ -47,11 +47,14 @@ class BridgeSet(nn.Module):
         d_sparse: int,
         *,
         removes_mean: bool,
+        reads_are_normed: bool = True,
         encoder_frac: float | None = None,
     ):
         super().__init__()
         self.sites = tuple(sites)
         self.removes_mean = removes_mean
+        # OLMo 2 and 3 read the stream as it is, so an edit of a read needs no RMS there.
+        self.reads_are_normed = reads_are_normed
         self.encoder_frac = encoder_frac
         # "." is not allowed in module names.
         self.bridges = nn.ModuleDict(
@@ -64,11 +67,17 @@ class BridgeSet(nn.Module):
 
     @classmethod
     def from_frame(
-        cls, frame: Float[Tensor, "d_dense d_sparse"], sites: Iterable[Site], *, removes_mean: bool
+        cls,
+        frame: Float[Tensor, "d_dense d_sparse"],
+        sites: Iterable[Site],
+        *,
+        removes_mean: bool,
+        reads_are_normed: bool = True,
     ) -> "BridgeSet":
         """Every encoder is `frame`, every decoder its transpose, no biases."""
         d_dense, d_sparse = frame.shape
-        bridges = cls(sites, d_dense, d_sparse, removes_mean=removes_mean)
+        options = {"removes_mean": removes_mean, "reads_are_normed": reads_are_normed}
+        bridges = cls(sites, d_dense, d_sparse, **options)
         with torch.no_grad():
             for site in bridges.sites:
                 bridges[site].encoder.weight.copy_(frame.T)
@@ -81,7 +90,13 @@ class BridgeSet(nn.Module):
         """Untrained bridges of the same sites and widths."""
         first = next(iter(self.bridges.values()))
         widths = first.encoder.in_features, first.encoder.out_features
-        return BridgeSet(self.sites, *widths, removes_mean=self.removes_mean, encoder_frac=self.encoder_frac)
+        return BridgeSet(
+            self.sites,
+            *widths,
+            removes_mean=self.removes_mean,
+            reads_are_normed=self.reads_are_normed,
+            encoder_frac=self.encoder_frac,
+        )
 
     def __getitem__(self, site: Site) -> Bridge:
         return self.bridges[_key(site)]
@@ -91,9 +106,16 @@ class BridgeSet(nn.Module):
         return resid - resid.mean(-1, keepdim=True) if self.removes_mean else resid
 
     def rms_ratio(self, site: Site) -> float:
-        """Mean RMS of the sparse stream over that of the dense stream at a site."""
+        """Mean RMS of the sparse stream over the dense one's at a site; 1 where reads are not normed."""
+        if not self.reads_are_normed:
+            return 1.0
         index = self.sites.index(site)
         return (self.sparse_energy[index] / self.dense_energy[index]).sqrt().item()
+
+    def read_scale(self, resid: Float[Tensor, "*batch d_dense"]) -> Float[Tensor, "*batch 1"]:
+        """What a read of 1 is in the dense stream: its RMS at each position, or 1 without a norm."""
+        rms = self.centred(resid).square().mean(-1, keepdim=True).sqrt()
+        return rms if self.reads_are_normed else torch.ones_like(rms)
 
     def save_pretrained(self, folder: Path, **facts: object) -> None:
         """`bridges.json` and `bridges.safetensors`; `facts` name both models."""
@@ -104,6 +126,7 @@ class BridgeSet(nn.Module):
             "d_dense": first.encoder.in_features,
             "d_sparse": first.encoder.out_features,
             "removes_mean": self.removes_mean,
+            "reads_are_normed": self.reads_are_normed,
             "encoder_frac": self.encoder_frac,
             **facts,
         }
@@ -128,6 +151,7 @@ class BridgeSet(nn.Module):
             header["d_dense"],
             header["d_sparse"],
             removes_mean=header["removes_mean"],
+            reads_are_normed=header["reads_are_normed"],
             encoder_frac=header["encoder_frac"],
         )
         try:

@@ -135,10 +135,7 @@ class PromptStreams:
         recorder = Recorder(*(site.read_address for site in bridges.sites))
         student(batch.ids, tap=recorder)
         self.presented = recorder.activations
-        self.dense_rms = {
-            site: bridges.centred(resid).square().mean(-1, keepdim=True).sqrt()
-            for site, resid in run.resid.items()
-        }
+        self.dense_rms = {site: bridges.read_scale(resid) for site, resid in run.resid.items()}
 
     def delta(self, edit: Edit) -> Float[Tensor, "example seq d_dense"]:
         presented = self.presented[edit.site.read_address]

@@ -90,7 +90,12 @@ def make_student(
         student = Student(start_config(dense, shape))
     extra = student.config.hidden_size - dense.width  # below zero for a narrower random student
     frame = torch.nn.functional.pad(turn, (0, extra))  # (d_dense, d_sparse): turned, zero-padded
-    bridges = BridgeSet.from_frame(frame, dense.sites, removes_mean=dense.removes_mean)
+    bridges = BridgeSet.from_frame(
+        frame,
+        dense.sites,
+        removes_mean=dense.removes_mean,
+        reads_are_normed=student.config.pre_norm,
+    )
     return student.eval(), bridges
 
 

@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM, BloomConfig, SeedOssConfig
 from bridges import families
 from bridges.coupled import CoupledModel, LossConfig
 from bridges.dense import DenseModel
+from bridges.edit import Edit
 from bridges.evaluate import measure_energies_
 from bridges.warm_start import StudentShape, make_student
 from extractor.errors import UnsupportedModelError
 from extractor.rotation import RotationConfig
-from extractor.sites import Site
+from extractor.sites import Node, Recorder, Site
 from extractor.sparsity import SparsityConfig, WeightSparsifier
 from tests.conftest import tiny_gpt2
 from tests.families import TINY, copy_error, tail_error, tiny_model
@@ -240,6 +241,32 @@ def test_one_training_step_of_a_copy(family: DenseModel) -> None:
     sparsifier.project_(1)
     for matrix in student.sparse_matrices().values():
         assert int(matrix.count_nonzero()) == round(0.25 * matrix.numel())
+
+
+@copied_families
+def test_one_edit_through_the_bridge_is_what_the_student_reads(family: DenseModel) -> None:
+    """With exact bridges, an edit of every channel read at a site moves the read to its new value."""
+    student, bridges = make_student(family, StudentShape(), RotationConfig(enabled=False))
+    ids = family_tokens(9)
+    measure_energies_(family, student, bridges, ids)
+    site = family.sites[-1]
+    recorder = Recorder(site.read_address, str(site))
+    student(ids, tap=recorder)
+    presented = recorder[site.read_address]
+    # Half way to the next prompt's reads, but of the same length, which the norm would take away.
+    wanted = 0.5 * (presented + presented.roll(1, 0))
+    wanted = wanted * (presented.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True))
+    nodes = [Node(site.read_address, channel) for channel in range(family.width)]
+    run = family.run(ids)
+    edit = Edit.from_nodes(nodes, site, bridges)
+    # The ratio is a mean over text and the student's own here: exact where streams are alike in length.
+    delta = edit.delta(presented, wanted, bridges.read_scale(run.resid[site])) / bridges.rms_ratio(site)
+    moved = Recorder(site.read_address)
+    stream = bridges[site].encode(bridges.centred(run.resid[site] + delta))
+    student(ids, start=site, resid=stream, tap=moved)
+    torch.testing.assert_close(moved[site.read_address], wanted, atol=1e-3, rtol=1e-3)
+    with family.adding(site, delta) as model:
+        assert (model(ids, use_cache=False).logits - run.logits).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("family", [row for row in TINY if row not in COPIED], indirect=True)
