@@ -106,15 +106,16 @@ def as_arguments(config: Config, prefix: str) -> str:
     return " ".join(words)
 
 
-def describe(config_type: type[Config], prefix: str = "") -> list[str]:
-    """One line per key: name, type, default, meaning."""
+def describe(config_type: type[Config], prefix: str = "", *, optional: bool = False) -> list[str]:
+    """One line per key: name, default, meaning. The keys of an `optional` config may all be left out."""
     lines = []
     for name, field in config_type.model_fields.items():
         nested = _as_config(field.annotation)
         if nested is not None:
-            lines += describe(nested, f"{prefix}{name}.")
+            lines += describe(nested, f"{prefix}{name}.", optional=not field.is_required())
             continue
-        default = "required" if field.is_required() else f"default {field.default!s}"
+        missing = "none" if optional else "required"
+        default = missing if field.is_required() else f"default {field.default!s}"
         meaning = " ".join((field.description or "").split())
         lines.append(f"  --{prefix}{name}  ({default})  {meaning}")
     return lines

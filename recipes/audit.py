@@ -84,7 +84,7 @@ def main(config: AuditConfig) -> None:
         "schema_version": SCHEMA_VERSION,
         "status": "complete",
         "run": str(config.run),
-        **{key: evaluation[key] for key in ("dense", "student", "bridges", "held_out_tokens")},
+        **{key: evaluation[key] for key in ("dense", "student", "bridges", "mixtures", "held_out_tokens")},
         "circuits": circuits,
         "edits": edits,
         "exclusions": exclusions,

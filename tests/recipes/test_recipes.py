@@ -103,6 +103,10 @@ def test_report_holds_what_the_issue_asks_for(trained: Path) -> None:
             assert len(edit[name]) == len(edit["strengths"])
     assert report["provenance"]["artifacts"]["student/model.safetensors"]
     assert len(report["criteria"]) == 5
+    assert len(report["mixtures"]["paths"]) > 16  # 64 draws over 4 sites and two beginnings
+    page = (trained / "report.html").read_text()
+    assert "random mixtures" in page
+    assert f"{len(report['mixtures']['paths'])} random mixtures" in page
 
 
 def test_saved_circuits_count_their_own_edges(trained: Path) -> None:
@@ -166,6 +170,7 @@ def test_a_quantised_dense_model_is_trained_against_and_its_plain_self_copied(
     run_in_process(monkeypatch, "audit", *dense, "--held_out_pairs", 4)
     report = json.loads((run / "report.json").read_text())
     assert f"--dense.path {tiny_llama_checkpoint} --dense.quantization 8bit" in report["method"]["replay"]
+    assert "with quantization 8bit" in (run / "report.html").read_text()
 
 
 def test_edits_are_chosen_and_measured_in_full_precision(
