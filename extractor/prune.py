@@ -33,7 +33,7 @@ class PruneConfig(Config):
     """Train the mask towards the whole student's own answers, or towards the labels."""
     target_loss: float = Field(0.15, gt=0)
     """Two-way loss in nats that the circuit must reach (chance is 0.693)."""
-    selection_frac: float = Field(0.6, gt=0, le=1)
+    selection_frac: float = Field(0.4, gt=0, le=1)
     """The search aims at this share of target_loss, so that held-out prompts stay below it."""
     steps: int = Field(150, ge=1)
     pairs_per_step: int = Field(16, ge=1)
