@@ -112,6 +112,8 @@ class TrainConfig(Config):
     """`auto`: bf16 autocast where the hardware is fast at it, else fp32. Weights stay fp32."""
     dry_run: bool = False
     """Print what the run would need, from the checkpoint's config alone, and stop."""
+    plan_from: Path | None = None
+    """A folder whose config.json stands for the checkpoint's in a dry run, so that it needs no hub."""
     seed: int = 0
 
 
@@ -190,8 +192,9 @@ def refuse_combinations(config: TrainConfig, is_sharded: bool) -> None:
 def show_plan(config: TrainConfig) -> None:
     """Parameters, tokens, memory and time of this config; no weight is read."""
     use_all_cores()
+    without_weights = config.dense.model_copy(update={"random_weights": True})
     needed = plan(
-        resolve_folder(config.dense.model_copy(update={"random_weights": True})).path,  # no weights
+        config.plan_from or resolve_folder(without_weights).path,
         config.student,
         sparsity=config.sparsity,
         hybrid=config.loss.hybrid_sites,
@@ -220,11 +223,8 @@ def load_text(config: TrainConfig, dense: DenseModel) -> tuple[TokenBlocks, Toke
 
 
 def steps_needed(config: TrainConfig, accelerator: Accelerator) -> int:
-    is_view = (
-        config.student.start == "copy"
-        and config.sparsity.density == 1
-        and config.student.activation_frac is None
-    )
+    is_copy = config.student.start == "copy" and config.student.activation_frac is None
+    is_view = is_copy and config.sparsity.density == 1
     if is_view and config.max_steps:
         accelerator.print("density 1.0: the turned copy is exact, nothing to train")
     return 0 if is_view else config.max_steps

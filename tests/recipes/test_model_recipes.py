@@ -16,6 +16,7 @@ from bridges.plan import describe, plan
 from extractor.config import Config, load_config
 from extractor.task_specs import TASKS
 from tests.conftest import ROOT
+from tests.recipes.test_recipes import run_in_process
 
 RECIPES = ROOT / "recipes"
 # As transformers counts the published checkpoints, tied weights once.
@@ -130,3 +131,16 @@ def test_fsdp_shards_the_blocks_of_the_student() -> None:
     assert settings["fsdp_state_dict_type"] in FSDP2_STATE_DICT_TYPE
     assert settings["fsdp_transformer_layer_cls_to_wrap"] in CoupledModel._no_split_modules
     assert load_config_from_file(str(RECIPES / "accelerate" / "multinode.yaml")).num_machines == 2
+
+
+@pytest.mark.parametrize(("model", "parameters"), PARAMETERS.items())
+def test_the_command_in_a_header_plans_without_a_hub(
+    model: str, parameters: int, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The hub id of the YAML is never asked for: the shipped config.json stands for it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    run_in_process(monkeypatch, "train", "--config", ROOT / "recipes" / model / "train.yaml", "--dry_run")
+    printed = capsys.readouterr().out
+    assert f"{parameters:,} parameters" in printed
+    assert "per process" in printed
+    assert "dry_run: true" in printed
