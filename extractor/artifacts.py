@@ -68,9 +68,18 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     write(temporary)
-    if path.exists():
-        shutil.rmtree(path)
+    remove_folder(path)
     os.replace(temporary, path)
+
+
+def remove_folder(path: Path) -> None:
+    """Take a folder away at once, if it is there: a kill must not leave half of it under its name."""
+    if not path.exists():
+        return
+    gone = path.with_name(f".tmp-gone-{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(path, gone)
+    shutil.rmtree(gone)
 
 
 def claim_run_folder(run: Path, config: str, *, is_writer: bool) -> None:
@@ -86,6 +95,8 @@ def claim_run_folder(run: Path, config: str, *, is_writer: bool) -> None:
             f"run folder '{run}' holds a run with another config; give another folder, or remove it"
         )
     if is_writer:
+        for torn in run.glob(".tmp-*"):  # what a kill left half-written or half-removed
+            shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
         try:
             write_text(path, config)
         except OSError as error:

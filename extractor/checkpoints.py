@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from extractor.artifacts import SCHEMA_VERSION, file_sha256, replace_folder, write_json
+from extractor.artifacts import SCHEMA_VERSION, file_sha256, remove_folder, replace_folder, write_json
 from extractor.errors import MachineError
 from extractor.machine import whole
 
@@ -68,7 +68,7 @@ def save_checkpoint(
                 ) from error
             time.sleep(2.0 ** (attempt - 2))
     for old in sorted(_checkpoints(folder), key=_step_of)[:-CHECKPOINTS_KEPT]:
-        shutil.rmtree(old)
+        remove_folder(old)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -12,7 +12,6 @@ Killed, the same command resumes from the last checkpoint and ends in the same w
 
 import importlib.util
 import os
-import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -44,6 +43,7 @@ from bridges.warm_start import StudentShape, make_student
 from extractor.artifacts import (
     SCHEMA_VERSION,
     claim_run_folder,
+    remove_folder,
     replace_folder,
     update_manifest,
     write_json,
@@ -393,7 +393,7 @@ def save_results(
     replace_folder(config.run / "student", write)
     bridges.save_pretrained(config.run / "bridges", dense_sha256=dense.sha256)
     write_json(config.run / "evaluation.json", evaluation)
-    shutil.rmtree(config.run / "checkpoints", ignore_errors=True)
+    remove_folder(config.run / "checkpoints")
 
 
 if __name__ == "__main__":
