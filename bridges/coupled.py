@@ -122,7 +122,7 @@ class CoupledModel(nn.Module):
         nmse = self._nmse(dense_resid, recorder)
         batch = Batch(input_ids, position_ids, reference)
         if self.config.hybrid_sites == "multi":
-            to_sparse, to_dense = self._mixtures(batch, seed, step)
+            to_sparse, to_dense = self._mixtures(batch, run.resid, recorder, seed, step)
         else:
             to_sparse, to_dense = self._single_switches(batch, dense_resid, recorder, seed, step)
         config = self.config
@@ -142,14 +142,18 @@ class CoupledModel(nn.Module):
         ]
         return torch.stack(to_sparse).mean(), torch.stack(to_dense).mean()
 
-    def _mixtures(self, batch: Batch, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    def _mixtures(
+        self, batch: Batch, dense_resid: dict[Site, Tensor], recorder: Recorder, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
         """KL of a random mixture that begins in the dense model, and of one that begins in the student."""
         divergences = []
         for starts_dense in (True, False):
             path = random_path(
                 self.bridges.sites, self.config.switch_probability, starts_dense, [seed, step, starts_dense]
             )
-            logits = run_path(path, self.dense, self.student, self.bridges, batch.ids, batch.position_ids)
+            first = dense_resid[path.switches[0]] if starts_dense else recorder[str(path.switches[0])]
+            models = (self.dense, self.student, self.bridges)
+            logits = run_path(path, *models, batch.ids, batch.position_ids, first=first)
             divergences.append(kl_divergence(batch.reference, log_probs(logits)))
         return divergences[0], divergences[1]
 

@@ -153,12 +153,12 @@ class DenseModel:
         self,
         site: Site,
         input_ids: Int[Tensor, "batch seq"],
-        start: Site | None = None,
-        resid: Float[Tensor, "batch seq d_dense"] | None = None,
+        start: Site,
+        resid: Float[Tensor, "batch seq d_dense"],
         *,
         position_ids: Int[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq d_dense"]:
-        """The residual stream at `site`, from the tokens or from the stream at an earlier site."""
+        """The residual stream at `site`, from the stream at an earlier site."""
         block = self.blocks[site.layer]
         module = block.get_submodule(self.layout.mid) if site.stream == "resid_mid" else block
 
@@ -166,13 +166,10 @@ class DenseModel:
             raise Reached(args[0].view(*input_ids.shape, -1))
 
         with ExitStack() as stack:
-            if start is not None:
-                # before `stop`: hooks run in the order they were set
-                self._starting_at(stack, start, resid)
+            self._starting_at(stack, start, resid)  # before `stop`: hooks run in the order they were set
             stack.enter_context(hooked(module.register_forward_pre_hook(stop)))
-            inputs = {"input_ids": input_ids} if start is None else {"inputs_embeds": resid}
             try:
-                self._forward(position_ids, **inputs)
+                self._forward(position_ids, inputs_embeds=resid)
             except Reached as reached:
                 return reached.resid
         raise AssertionError(f"the dense model never reached {site}")

@@ -103,9 +103,14 @@ def evaluate_mixtures(
     paths = [random_path(bridges.sites, probability, i % 2 == 0, [seed, i]) for i in range(count)]
     sums = dict.fromkeys(map(str, paths), 0.0)
     for ids, at in _batches(blocks, position_ids, dense.device):
-        reference = log_probs(dense.run(ids, record=False, position_ids=at).logits)
+        run = dense.run(ids, position_ids=at)
+        reference = log_probs(run.logits)
+        recorder = Recorder(*map(str, bridges.sites))
+        student(ids, position_ids=at, tap=recorder)
         for path in {str(path): path for path in paths}.values():
-            own = log_probs(run_path(path, dense, student, bridges, ids, at))
+            switch = path.switches[0]
+            first = run.resid[switch] if path.starts_dense else recorder[str(switch)]
+            own = log_probs(run_path(path, dense, student, bridges, ids, at, first=first))
             sums[str(path)] += len(ids) * kl_divergence(reference, own).item()
     kl = {path: total / len(blocks) for path, total in sums.items()}
     return {

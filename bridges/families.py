@@ -109,6 +109,14 @@ _SANDWICH_COPY = {
     "gain_offset": 1.0,
 }
 _GPT2 = Layout("transformer.h", "attn", "ln_2", "transformer.ln_f")
+_GPT2_COPY = {
+    "mlp_reads": plain("mlp.c_fc"),
+    "down": "mlp.c_proj",
+    "attn_norm": ("ln_1",),
+    "mlp_norm": ("ln_2",),
+    "embed": "transformer.wte",
+    "positions": "transformer.wpe",
+}
 _OLMO2 = Family(
     Layout(mid="mlp"),
     CopySpec(
@@ -130,12 +138,7 @@ FAMILIES: dict[str, Family] = {
         CopySpec(
             stacked("attn.c_attn"),
             out="attn.c_proj",
-            mlp_reads=plain("mlp.c_fc"),
-            down="mlp.c_proj",
-            attn_norm=("ln_1",),
-            mlp_norm=("ln_2",),
-            embed="transformer.wte",
-            positions="transformer.wpe",
+            **_GPT2_COPY,
         ),
     ),
     "gpt_neox": Family(
@@ -249,12 +252,7 @@ FAMILIES: dict[str, Family] = {
         CopySpec(
             bigcode_qkv,
             out="attn.c_proj",
-            mlp_reads=plain("mlp.c_fc"),
-            down="mlp.c_proj",
-            attn_norm=("ln_1",),
-            mlp_norm=("ln_2",),
-            embed="transformer.wte",
-            positions="transformer.wpe",
+            **_GPT2_COPY,
         ),
     ),
     "gpt_neo": Family(
@@ -262,12 +260,7 @@ FAMILIES: dict[str, Family] = {
         CopySpec(
             separate("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
             out="attn.attention.out_proj",
-            mlp_reads=plain("mlp.c_fc"),
-            down="mlp.c_proj",
-            attn_norm=("ln_1",),
-            mlp_norm=("ln_2",),
-            embed="transformer.wte",
-            positions="transformer.wpe",
+            **_GPT2_COPY,
             attention_scale=1.0,
         ),
     ),

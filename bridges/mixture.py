@@ -29,10 +29,6 @@ class Mixture:
         first = "dense" if self.starts_dense else "sparse"
         return " ".join([first, *map(str, self.switches)])
 
-    @property
-    def ends_dense(self) -> bool:
-        return self.starts_dense == (len(self.switches) % 2 == 0)
-
 
 def random_path(sites: tuple[Site, ...], probability: float, starts_dense: bool, seed: list[int]) -> Mixture:
     """A path that switches at each site with this probability, but at one site at least."""
@@ -49,16 +45,22 @@ def run_path(
     bridges: BridgeSet,
     input_ids: Int[Tensor, "batch seq"],
     position_ids: Int[Tensor, "batch seq"] | None = None,
+    *,
+    first: Float[Tensor, "batch seq d"],
 ) -> Float[Tensor, "batch seq vocab"]:
-    """Logits of the mixture; gradients reach the student and every bridge crossed."""
-    in_dense, at, resid = path.starts_dense, None, None
+    """Logits of the mixture; gradients reach the student and every bridge crossed.
+
+    `first` is the stream at the first switch in the model that the path begins in: whoever calls has run
+    both models on these tokens, and need not run them again up to there.
+    """
+    in_dense, at, resid = path.starts_dense, None, first
     for site in path.switches:
-        if in_dense:
-            resid = bridges.centred(dense.run_to(site, input_ids, at, resid, position_ids=position_ids))
-            resid = bridges[site].encode(resid)
-        else:
+        if at is not None and in_dense:
+            resid = dense.run_to(site, input_ids, at, resid, position_ids=position_ids)
+        elif at is not None:
             resid = _student_to(site, student, input_ids, at, resid, position_ids)
-            resid = bridges[site].decode(resid)
+        bridge = bridges[site]
+        resid = bridge.encode(bridges.centred(resid)) if in_dense else bridge.decode(resid)
         in_dense, at = not in_dense, site
     if in_dense:
         return dense.run_from(at, resid, position_ids=position_ids)
@@ -69,8 +71,8 @@ def _student_to(
     site: Site,
     student: Student,
     input_ids: Tensor,
-    start: Site | None,
-    resid: Tensor | None,
+    start: Site,
+    resid: Tensor,
     position_ids: Tensor | None,
 ) -> Float[Tensor, "batch seq d_sparse"]:
     """The student's stream at a site; later layers do not run."""

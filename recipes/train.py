@@ -235,6 +235,9 @@ def train_student(
 ) -> int:
     """The training loop; returns the tokens it used."""
     student, folder = coupled.student, config.run / "checkpoints"
+    if num_steps == 0:
+        WeightSparsifier(dict(student.named_parameters()), config.sparsity, num_steps).project_(0)
+        return 0
     checkpoint = newest_checkpoint(folder)
     first_step = checkpoint_step(checkpoint)
     if checkpoint is not None:
@@ -254,9 +257,6 @@ def train_student(
     sparsifier = WeightSparsifier(dict(student.named_parameters()), config.sparsity, num_steps)
     if config.sparsity.revive_steps and any(isinstance(p, DTensor) for p in student.parameters()):
         raise UsageError("sparsity.revive_steps writes single weights, which FSDP2 shards; use DDP, or 0")
-    if num_steps == 0:
-        sparsifier.project_(0)
-        return 0
     metrics = MetricsFile(config.run / "metrics.jsonl", first_step, is_writer=accelerator.is_main_process)
     watch = Watch(config.run, config.watch, is_writer=accelerator.is_main_process)
     meter = Meter(accelerator, first_step, num_steps, tokens_per_step(config, accelerator))
