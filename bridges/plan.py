@@ -14,11 +14,9 @@ of the blocks behind a site, on average over sites. With `hybrid` all, the two s
 and each pass runs forward once more; with multi, each of two passes is half in either model.
 """
 
-import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -224,9 +222,3 @@ def gemm_speed(bf16: bool) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
-
-
-def as_dict(plan: Plan) -> dict[str, Any]:
-    """For a JSON file."""
-    derived = {name: getattr(plan, name) for name in ("tokens", "peak_bytes", "seconds_per_step")}
-    return dataclasses.asdict(plan) | derived

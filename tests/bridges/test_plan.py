@@ -15,7 +15,7 @@ from bridges.checkpoint import DenseConfig, load_dense
 from bridges.coupled import CoupledModel, LossConfig
 from bridges.dense import DenseModel
 from bridges.families import FAMILIES
-from bridges.plan import GEMM_SHARE, Plan, as_dict, describe, plan
+from bridges.plan import GEMM_SHARE, Plan, describe, plan
 from bridges.warm_start import StudentShape, make_student
 from extractor.artifacts import fingerprint
 from extractor.errors import InputError, SparsebridgeError, UnsupportedModelError, UsageError
@@ -191,7 +191,6 @@ def test_the_text_says_what_is_measured_and_what_is_not(tiny_checkpoint: Path) -
     assert f"{found.tokens:,} in 7 steps" in text
     assert "an estimate" in text
     assert f"{GEMM_SHARE:.0%}" in text
-    assert as_dict(found)["peak_bytes"] == found.peak_bytes
 
 
 # --- random weights ----------------------------------------------------------------------------------------
