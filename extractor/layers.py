@@ -77,7 +77,7 @@ class StudentAttention(nn.Module):
         k, v = (x.repeat_interleave(self.group_size, dim=1) for x in (k, v))
         mask = context.mask
         if self.sink is not None:
-            k, v, mask = self._add_sink(q, k, v, mask)
+            k, v, mask = add_sink(self.sink, q, k, v, mask)
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return causal_attention(q, k, v, mask, self.softcap)
@@ -89,18 +89,19 @@ class StudentAttention(nn.Module):
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _add_sink(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One more key and value, both zero, whose logit is the head's sink."""
-        batch, heads, queries, _ = q.shape
-        keys = k.shape[2]
-        if mask is None:
-            mask = _causal(queries, keys, q.device)
-        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-        bias = bias.expand(batch, heads, queries, keys)
-        sink = self.sink.to(q.dtype)[None, :, None, None].expand(batch, heads, queries, 1)
-        return F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), torch.cat([sink, bias], dim=-1)
+
+def add_sink(
+    sink: Float[Tensor, " head"], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One more key and value, both zero, whose logit is the head's sink."""
+    batch, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    if mask is None:
+        mask = _causal(queries, keys, q.device)
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    bias = bias.expand(batch, heads, queries, keys)
+    column = sink.to(q.dtype)[None, :, None, None].expand(batch, heads, queries, 1)
+    return F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), torch.cat([column, bias], dim=-1)
 
 
 def causal_attention(

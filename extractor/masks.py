@@ -4,16 +4,18 @@ Forward: a node is kept where tau > 0, else it is frozen at its mean over traini
 Backward: the step's derivative is replaced by that of a sigmoid (Gao et al. 2025, section 2.2, appendix A.5).
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from extractor.sites import Node, Recorder, Tap, node_addresses
 from extractor.student import Student
 
-Means = Mapping[str, Float[Tensor, " channel"]]
+Means = Mapping[str, Float[Tensor, " _"]]
+Live = Mapping[str, Int[Tensor, " _"]]  # some channels of every address, ascending
 
 
 @torch.no_grad()
@@ -28,6 +30,14 @@ def mean_activations(student: Student, blocks: Tensor, batch: int = 16) -> dict[
             total = recorder[address].float().sum((0, 1))
             sums[address] = sums[address] + total if address in sums else total
     return {address: total / blocks.numel() for address, total in sums.items()}
+
+
+def live_channels(nodes: Collection[Node]) -> dict[str, Int[Tensor, " _"]]:
+    """Kept channels by address, ascending."""
+    by_address: dict[str, set[int]] = defaultdict(set)
+    for node in nodes:
+        by_address[node.address].add(node.channel)
+    return {address: torch.tensor(sorted(channels)) for address, channels in by_address.items()}
 
 
 def ablation_tap(gates: Means, means: Means) -> Tap:

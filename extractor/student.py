@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -59,7 +59,7 @@ class Student(PreTrainedModel, GenerationMixin):
         self.embed_positions = (
             nn.Embedding(config.max_position_embeddings, config.hidden_size) if is_learned else None
         )
-        self.rotary = _rotary(config)
+        self.rotary = rotary_tables(config)
         self.layers = nn.ModuleList(StudentLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.bigram = nn.Embedding(config.vocab_size, config.vocab_size) if config.bigram_table else None
@@ -110,7 +110,8 @@ class Student(PreTrainedModel, GenerationMixin):
         Args:
             tap: called at every node address, at every site and at `final_resid`.
             start, resid: begin at this site with this residual stream instead of the embeddings.
-            logits_to_keep: only the last so many positions (0: all), or these positions.
+            logits_to_keep: only the last so many positions (0: all); these positions; or, (batch, kept),
+                these positions of every row.
             use_cache: off unless asked for (`generate` asks); taps run on whole prompts.
         """
         if use_cache and past_key_values is None:
@@ -121,17 +122,19 @@ class Student(PreTrainedModel, GenerationMixin):
             position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None] + seen
         if resid is None:
             resid = self._embed(input_ids, position_ids)
-        contexts = self._contexts(resid, attention_mask, position_ids, past_key_values)
+        contexts = layer_contexts(
+            self.config, self.rotary, resid, attention_mask, position_ids, past_key_values
+        )
         first = start or Site(0, "resid_pre")
         for layer in self.layers[first.layer :]:
             skip_attention = layer.layer == first.layer and first.stream == "resid_mid"
             resid = layer(resid, contexts[layer.layer], tap, skip_attention)
         resid = tap("final_resid", resid)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        final = F.rms_norm(resid[:, keep], resid.shape[-1:], eps=self.config.rms_norm_eps)
+        final = keep_positions(resid, logits_to_keep)
+        final = F.rms_norm(final, final.shape[-1:], eps=self.config.rms_norm_eps)
         logits = self.lm_head(final)
         if self.bigram is not None:
-            logits = logits + self.bigram(input_ids[:, keep])
+            logits = logits + self.bigram(keep_positions(input_ids, logits_to_keep))
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * torch.tanh(logits / cap)
         loss = None
@@ -142,27 +145,6 @@ class Student(PreTrainedModel, GenerationMixin):
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> Float[Tensor, "batch seq d_sparse"]:
         tokens = self.embed_tokens(input_ids)
         return tokens if self.embed_positions is None else tokens + self.embed_positions(position_ids)
-
-    def _contexts(
-        self, resid: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None
-    ) -> list[LayerContext]:
-        """Mask and rotation of each layer; layers of one type share them."""
-        config = self.config
-        masks, ropes = {}, {}
-        for kind in set(config.layer_types):
-            make = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
-            masks[kind] = make(
-                config=config,
-                inputs_embeds=resid,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                position_ids=position_ids,
-            )
-            ropes[kind] = self.rotary[kind](resid, position_ids) if kind in self.rotary else None
-        return [
-            LayerContext(masks[kind], ropes[kind] if turned else None, cache)
-            for kind, turned in zip(config.layer_types, config.rope_layers, strict=True)
-        ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -185,7 +167,42 @@ class Student(PreTrainedModel, GenerationMixin):
             super()._init_weights(module)  # the rotary tables, which no file holds
 
 
-def _rotary(config: StudentConfig) -> nn.ModuleDict:
+def keep_positions(x: Shaped[Tensor, "batch seq *rest"], keep: int | Tensor) -> Tensor:
+    """Positions of every row, as `logits_to_keep` of `Student.forward` names them."""
+    if isinstance(keep, int):
+        return x[:, -keep:] if keep else x
+    if keep.ndim == 1:
+        return x[:, keep]
+    return x[torch.arange(len(x), device=x.device)[:, None], keep]
+
+
+def layer_contexts(
+    config: StudentConfig,
+    rotary: nn.ModuleDict,
+    resid: Float[Tensor, "batch seq d_sparse"],
+    attention_mask: Tensor | None,
+    position_ids: Tensor,
+    cache: Cache | None,
+) -> list[LayerContext]:
+    """Mask and rotation of each layer; layers of one type share them."""
+    masks, ropes = {}, {}
+    for kind in set(config.layer_types):
+        make = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
+        masks[kind] = make(
+            config=config,
+            inputs_embeds=resid,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
+        ropes[kind] = rotary[kind](resid, position_ids) if kind in rotary else None
+    return [
+        LayerContext(masks[kind], ropes[kind] if turned else None, cache)
+        for kind, turned in zip(config.layer_types, config.rope_layers, strict=True)
+    ]
+
+
+def rotary_tables(config: StudentConfig) -> nn.ModuleDict:
     """Rotary tables per layer type; none without rotary positions."""
     if config.position_embedding_type != "rope":
         return nn.ModuleDict()
