@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from extractor.artifacts import SCHEMA_VERSION, read_json, write_json
+from extractor.compact import CompactStudent
 from extractor.errors import InputError
-from extractor.masks import Means, ablation_tap
+from extractor.masks import Means, ablation_tap, live_channels
 from extractor.sites import Node, Tap
 from extractor.student import Student
 
 
 class Edge(NamedTuple):
-    """A weight from one node to another."""
+    """A weight from one node to another; with grouped queries a v channel has one per head of its group."""
 
     source: Node
     target: Node
@@ -70,6 +71,28 @@ class Circuit:
         Whatever is outside is frozen at its mean.
         """
         return keep_nodes(self.nodes, means, complement=complement)
+
+    def compact(self, student: Student, means: Means) -> CompactStudent:
+        """The student as this circuit only, as a small dense model of its own."""
+        return CompactStudent(student, live_channels(self.nodes), means)
+
+    def export(self, folder: Path, student: Student, means: Means, ids: Int[Tensor, "batch seq"]) -> float:
+        """Save the compact model; returns (and writes) its largest logit difference from the masked student
+        on these tokens, beside the largest logit."""
+        compact = self.compact(student, means)
+        with torch.no_grad():
+            masked = student(ids, tap=self.tap(means)).logits
+            difference = (compact(ids).logits - masked).abs().max().item()
+        facts = {
+            "task": self.task,
+            "student_sha256": self.student_sha256,
+            "calibration": asdict(self.calibration),
+            "max_logit_difference": difference,
+            "max_logit": masked.abs().max().item(),
+            "compared_on_tokens": ids.numel(),
+        }
+        compact.save(folder, facts)
+        return difference
 
     def save(self, path: Path) -> None:
         write_json(
@@ -152,15 +175,15 @@ def weight_joins(student: Student) -> list[tuple[str, str, Tensor]]:
         attn, mlp = layer.attn, layer.mlp
         for name, linear in (("q", attn.q_proj), ("k", attn.k_proj), ("v", attn.v_proj)):
             joins.append((f"{index}.attn.act_in", f"{index}.attn.{name}", linear.weight.detach()))
-        pairs = (
-            ("attn.v", "attn.resid_delta", attn.o_proj),
-            ("mlp.act_in", "mlp.post_act", mlp.up_proj),
-            ("mlp.post_act", "mlp.resid_delta", mlp.down_proj),
-        )
+        # Columns of o_proj: (key/value head, query head of its group, channel).
+        of_head = attn.o_proj.weight.detach().unflatten(1, (-1, attn.group_size, attn.head_dim))
+        for member in range(attn.group_size):
+            joins.append((f"{index}.attn.v", f"{index}.attn.resid_delta", of_head[:, :, member].flatten(1)))
+        pairs = [("act_in", "post_act", mlp.up_proj), ("post_act", "resid_delta", mlp.down_proj)]
         if mlp.gate_proj is not None:
-            pairs += (("mlp.act_in", "mlp.post_act", mlp.gate_proj),)
+            pairs.append(("act_in", "post_act", mlp.gate_proj))
         for source, target, linear in pairs:
-            joins.append((f"{index}.{source}", f"{index}.{target}", linear.weight.detach()))
+            joins.append((f"{index}.mlp.{source}", f"{index}.mlp.{target}", linear.weight.detach()))
     return joins
 
 

@@ -59,8 +59,7 @@ class CompactStudent(nn.Module):
         width = config.hidden_size
         stream = torch.arange(width) if is_ranked(config.activation_frac) else torch.cat(used).unique()
         self.register_buffer("stream", stream, persistent=False)
-        rest = torch.ones(width, dtype=torch.bool).index_fill(0, stream, False)
-        self.register_buffer("rest", rest.nonzero()[:, 0], persistent=False)
+        self.register_buffer("is_rest", torch.ones(width).index_fill(0, stream, 0.0), persistent=False)
         self.rotary = rotary_tables(config)
         self.embed_tokens, self.embed_positions = student.embed_tokens, student.embed_positions
         self.lm_head, self.bigram = student.lm_head, student.bigram
@@ -124,9 +123,10 @@ class CompactStudent(nn.Module):
 
     def _rest_squares(self, base: Float[Tensor, "batch seq d_sparse"]) -> Float[Tensor, "batch seq norm"]:
         """Sum of squares, at every norm, of the channels that no kept node reads or writes."""
-        rest, frozen = base[..., self.rest], self.frozen_writes[:, self.rest]
+        frozen = self.frozen_writes * self.is_rest
         with torch.autocast(base.device.type, enabled=False):
-            return rest.square().sum(-1, keepdim=True) + 2 * rest @ frozen.T + frozen.square().sum(-1)
+            squares = base.square() @ self.is_rest  # sum of (base + frozen)^2, without a copy per norm
+            return squares[..., None] + base @ (2 * frozen).T + frozen.square().sum(-1)
 
     def save(self, folder: Path, facts: Mapping[str, object]) -> None:
         """Write the weights (safetensors) and compact.json: kept channels, semantics and `facts`."""
@@ -153,7 +153,7 @@ class CompactStudent(nn.Module):
         Raises:
             InputError: missing, damaged, or of another schema version.
         """
-        value = read_json(folder / FACTS_FILE, "compact circuit", "recipes/extract.py --compact true")
+        value = read_json(folder / FACTS_FILE, "compact circuit", "recipes/extract.py --export true")
         try:
             config = StudentConfig.from_dict(value["student_config"])
             live = {name: torch.tensor(kept, dtype=torch.long) for name, kept in value["nodes"].items()}

@@ -12,6 +12,7 @@ from extractor.masks import Live, Means
 from extractor.sites import Tap
 from extractor.sparsity import abs_topk
 
+
 def is_ranked(frac: float | None) -> bool:
     """Whether AbsTopK ranks the channels of a node against each other."""
     return frac is not None and frac < 1
@@ -60,7 +61,7 @@ class _Sublayer(nn.Module):
     def node(self, name: str, computed: Tensor, tap: Tap) -> Float[Tensor, "batch seq kept"]:
         """Kept channels of a node: ranked among all computed ones, cut down, through the tap."""
         chosen, ranked = getattr(self, f"{name}_pick"), abs_topk(computed, self.frac)
-        return tap(f"{self.prefix}.{name}", ranked if chosen is None else ranked[..., chosen])
+        return tap(f"{self.prefix}.{name}", pick(ranked, chosen))
 
 
 class CompactAttention(_Sublayer):
@@ -97,7 +98,7 @@ class CompactAttention(_Sublayer):
         computed = _channels(q_heads, self.head_dim)
         of_v = computed // self.head_dim // self.group_size * self.head_dim + computed % self.head_dim
         is_input = torch.isin(of_v, through)
-        self.index("mixed_pick", is_input.nonzero()[:, 0])
+        self.index("mixed_pick", None if is_input.all() else is_input.nonzero()[:, 0])
         heads = frozen.unflatten(0, (-1, 1, self.head_dim)).expand(-1, self.group_size, -1)
         constant = heads.reshape(-1).clone()
         constant[computed[is_input]] = 0  # with a sink, frozen channels are inputs too
@@ -116,7 +117,7 @@ class CompactAttention(_Sublayer):
     def _heads(self, name: str, kept: Tensor) -> Float[Tensor, "batch head seq d_head"]:
         """All channels of the computed heads: the kept ones, and the others at their means."""
         frozen = getattr(self, f"{name}_frozen").to(kept.dtype).expand(*kept.shape[:2], -1)
-        inside = kept[..., getattr(self, f"{name}_from")]
+        inside = pick(kept, getattr(self, f"{name}_from"))
         whole = frozen.index_copy(-1, getattr(self, f"{name}_to"), inside)
         return whole.unflatten(-1, (whole.shape[-1] // self.head_dim, self.head_dim)).transpose(1, 2)
 
@@ -131,7 +132,7 @@ class CompactAttention(_Sublayer):
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return causal_attention(q, k, v, mask, self.softcap)
 
-        return attend(attention, q, k, v).transpose(1, 2).flatten(2)[..., self.mixed_pick]
+        return pick(attend(attention, q, k, v).transpose(1, 2).flatten(2), self.mixed_pick)
 
 
 class CompactMLP(_Sublayer):
@@ -157,6 +158,11 @@ class CompactMLP(_Sublayer):
         neurons = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(act_in)) * up
         post_act = self.node("post_act", neurons, tap)
         return self.node("resid_delta", self.post_norm(self.down_proj(post_act)), tap)
+
+
+def pick(x: Float[Tensor, "*batch channel"], index: Tensor | None) -> Float[Tensor, "*batch kept"]:
+    """Some channels; None: all of them."""
+    return x if index is None else x[..., index]
 
 
 def _channels(heads: Tensor, head_dim: int) -> Int[Tensor, " channel"]:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from extractor.circuit import Circuit, count_edges, keep_nodes
 from extractor.masks import Means
-from extractor.prune import calibrate
 from extractor.sites import Node, Tap, no_tap
+from extractor.smallest import calibrate
 from extractor.student import Student
 from extractor.tasks import TaskBatch, accuracy, two_way_loss
 
@@ -41,7 +41,8 @@ def evaluate_circuit(
     """Every number the report states about a circuit; losses in nats per two-way choice."""
 
     def difference(tap: Tap) -> Tensor:
-        return held_out.logit_difference(student(held_out.ids, tap=tap).logits)
+        logits = student(held_out.ids, tap=tap, logits_to_keep=held_out.last[:, None]).logits
+        return held_out.logit_difference(logits)
 
     whole = difference(no_tap)
     alone = difference(circuit.tap(means))

@@ -5,10 +5,10 @@ Backward: the step's derivative is replaced by that of a sigmoid (Gao et al. 202
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from extractor.sites import Node, Recorder, Tap, node_addresses
@@ -68,57 +68,72 @@ class HeavisideStep(torch.autograd.Function):
         return gradient * gate * (1 - gate) / ctx.temperature, None
 
 
-class NodeMask(nn.Module):
-    """One parameter tau in [-1, 1] per node of the student."""
+class NodeMasks(nn.Module):
+    """One parameter tau in [-1, 1] per node of the student, for several settings (seeds, tasks) at once."""
 
     def __init__(
         self,
         means: Means,
+        seeds: Sequence[int],
         *,
         init: float = 0.5,
         init_noise: float = 0.3,
         temperature: float = 1.0,
-        seed: int = 0,
     ):
         super().__init__()
         self.means = dict(means)
         self.temperature = temperature
-        num_nodes = sum(len(mean) for mean in self.means.values())
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(num_nodes, generator=generator)
+        num_nodes = sum(map(len, self.means.values()))
+        noise = [torch.randn(num_nodes, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         device = next(iter(self.means.values())).device
-        self.tau = nn.Parameter((init + init_noise * noise).clamp(-1, 1).to(device))
+        self.tau = nn.Parameter((init + init_noise * torch.stack(noise)).clamp(-1, 1).to(device))
 
-    def gates(self) -> Float[Tensor, " node"]:
+    def gates(self) -> Float[Tensor, "setting node"]:
         return HeavisideStep.apply(self.tau, self.temperature)
-
-    def tap(self, gates: Float[Tensor, " node"]) -> Tap:
-        """The student with these gates: kept nodes as they are, the others at their mean."""
-        return ablation_tap(self.by_address(gates), self.means)
-
-    def by_address(self, gates: Float[Tensor, " node"]) -> dict[str, Float[Tensor, " channel"]]:
-        """Gates of all nodes, cut up by address."""
-        sizes = [len(mean) for mean in self.means.values()]
-        return dict(zip(self.means, gates.split(sizes), strict=True))
 
     @torch.no_grad()
     def clamp_(self) -> None:
         self.tau.clamp_(-1, 1)
 
-    def ranking(self) -> Tensor:
-        """Nodes (as flat indices) from the largest tau to the smallest; ties by index."""
-        return torch.argsort(self.tau.detach(), descending=True, stable=True)
+    def live(self, nodes: Bool[Tensor, " node"]) -> dict[str, Int[Tensor, " _"]]:
+        """Channels by address of the nodes marked."""
+        return {address: kept.nonzero()[:, 0] for address, kept in self.by_address(nodes).items()}
 
-    def top(self, order: Tensor, k: int) -> Float[Tensor, " node"]:
-        """Gates that keep the first k nodes of an order."""
-        gates = torch.zeros_like(self.tau)
-        gates[order[:k]] = 1
-        return gates
+    def by_address(self, values: Shaped[Tensor, " node"]) -> dict[str, Shaped[Tensor, " _"]]:
+        """Values of all nodes, cut up by address."""
+        sizes = [len(mean) for mean in self.means.values()]
+        return dict(zip(self.means, values.split(sizes), strict=True))
 
-    def nodes(self, gates: Float[Tensor, " node"]) -> frozenset[Node]:
-        """The nodes that gates keep."""
-        kept = set()
-        for address, gate in self.by_address(gates).items():
-            channels = gate.nonzero()[:, 0].tolist()
-            kept.update(Node(address, channel) for channel in channels)
-        return frozenset(kept)
+    def nodes(self, kept: Bool[Tensor, " node"]) -> frozenset[Node]:
+        """The nodes marked."""
+        return frozenset(
+            Node(address, c) for address, index in self.live(kept).items() for c in index.tolist()
+        )
+
+
+class GateTap:
+    """Gates of several settings over one model; a batch holds the settings' examples one after the other.
+
+    `live` marks the nodes that the model computes (all of a student, the kept ones of a compact model).
+    """
+
+    def __init__(self, masks: NodeMasks, live: Bool[Tensor, " node"] | None = None):
+        flat = torch.arange(masks.tau.shape[1], device=masks.tau.device)
+        self.index, self.means = masks.by_address(flat), dict(masks.means)
+        if live is not None:
+            for address, kept in masks.live(live).items():
+                self.index[address] = self.index[address][kept]
+                self.means[address] = self.means[address][kept]
+
+    def __call__(self, gates: Float[Tensor, "setting node"]) -> Tap:
+        """The tap that applies these gates."""
+
+        def tap(address: str, activation: Tensor) -> Tensor:
+            if address not in self.index:
+                return activation
+            gate = gates[:, None, None, self.index[address]].to(activation.dtype)
+            frozen = self.means[address].to(activation.dtype) * (1 - gate)
+            by_setting = activation.unflatten(0, (len(gates), -1))
+            return torch.addcmul(frozen, gate, by_setting).flatten(0, 1)
+
+        return tap

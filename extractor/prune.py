@@ -1,8 +1,10 @@
 """Extract a task's circuit: learn a mask, rank its nodes, keep the fewest that reach the target loss.
 
-1. AdamW on tau: task loss + size_coef * nodes kept, on training pairs. The task loss is the two-way
-   cross-entropy towards the whole student's own answer (`target: student`) or the label (`answer`).
-   A mask can solve a task its student cannot, so the student's own behaviour is the default target.
+1. AdamW on tau, for all settings (seeds, tasks) at once over the same frozen weights: task loss + size_coef *
+   nodes kept, on training pairs. The task loss is the two-way cross-entropy towards the whole student's own
+   answer (`target: student`) or the label (`answer`). A mask can solve a task its student cannot, so the
+   student's own behaviour is the default target. Nodes that cannot open again in the steps left are folded
+   away: the model shrinks as the circuit does.
 2. Rank nodes by tau; bisect the smallest k whose calibrated loss reaches `target_loss` on further
    training pairs that the mask was not learned on. Held-out prompts are never looked at here.
 
@@ -10,20 +12,29 @@
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from extractor.circuit import Calibration, Circuit, edges_between, sides
+from extractor.circuit import Circuit, edges_between
+from extractor.compact import CompactStudent
 from extractor.config import Config
 from extractor.machine import autocast
-from extractor.masks import Means, NodeMask
+from extractor.masks import GateTap, Means, NodeMasks
+from extractor.smallest import smallest_circuit
 from extractor.student import Student
-from extractor.tasks import TaskBatch, two_way_loss
+from extractor.tasks import TaskBatch
+
+BETAS = (0.9, 0.95)
+MAX_GRAD_NORM = 1.0
+COMPACT_EVERY = 5  # steps; folding takes about as long as half a step
+COMPACT_BELOW = 0.8  # of the nodes computed so far
 
 
 class PruneConfig(Config):
@@ -51,7 +62,26 @@ class PruneConfig(Config):
     selection_pairs: int = Field(64, ge=8)
     """Further training pairs for the size and the calibration."""
     seeds: tuple[int, ...] = (0,)
-    """One mask per seed; the smallest circuit that reaches the target is kept."""
+    """One mask per seed, learned together; the smallest circuit that reaches the target is kept."""
+    compact: bool = True
+    """Fold nodes away that cannot open again; changes the speed alone."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One mask to learn: its prompts, what it is trained towards, and its start."""
+
+    train: TaskBatch
+    wanted: Float[Tensor, " example"]  # probability of the answer
+    seed: int
+    size_coef: float
+
+    def draw(self, step: int, count: int) -> tuple[TaskBatch, Float[Tensor, " example"]]:
+        """This step's prompts."""
+        half = len(self.train) // 2
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        pairs = torch.randperm(half, generator=generator)[:count].to(self.wanted.device)
+        return self.train.select(pairs), self.wanted[torch.cat([pairs, pairs + half])]
 
 
 def extract_circuit(
@@ -64,112 +94,93 @@ def extract_circuit(
     student_sha256: str,
 ) -> Circuit:
     """The smallest circuit found over the seeds; all nodes, where no mask reaches the target."""
-    best_gates, best_calibration, mask = None, Calibration(), None
-    for seed in config.seeds:
-        mask = learn_mask(student, train, means, config, seed)
-        gates, calibration = smallest_mask(student, mask, selection, config)
-        if best_gates is None or gates.sum() < best_gates.sum():
-            best_gates, best_calibration = gates, calibration
-    nodes = mask.nodes(best_gates)
+    student.requires_grad_(False)
+    wanted = wanted_probability(student, train, config.target)
+    settings = [Setting(train, wanted, seed, config.size_coef) for seed in config.seeds]
+    masks = learn_masks(student, settings, means, config)
+    goal = config.target_loss * config.selection_frac
+    found = [smallest_circuit(student, masks, tau, selection, goal) for tau in masks.tau.detach()]
+    kept, calibration = min(found, key=lambda candidate: int(candidate[0].sum()))
+    nodes = masks.nodes(kept)
     return Circuit(
         task=task,
         nodes=nodes,
         edges=edges_between(student, nodes),
         student_sha256=student_sha256,
         settings=config.model_dump(mode="json") | {"ablation": "mean"},
-        calibration=best_calibration,
+        calibration=calibration,
     )
 
 
-def learn_mask(student: Student, train: TaskBatch, means: Means, config: PruneConfig, seed: int) -> NodeMask:
-    """Optimise tau on training pairs; student weights get no gradient."""
-    student.requires_grad_(False)
-    mask = NodeMask(
-        means, init=config.init, init_noise=config.init_noise, temperature=config.temperature, seed=seed
+@torch.no_grad()
+def wanted_probability(
+    student: Student, prompts: TaskBatch, target: Literal["student", "answer"]
+) -> Float[Tensor, " example"]:
+    """The probability of the answer that a mask is trained towards."""
+    if target == "answer":
+        return torch.ones(len(prompts), device=prompts.ids.device)
+    logits = student(prompts.ids, logits_to_keep=prompts.last[:, None]).logits
+    return torch.sigmoid(prompts.logit_difference(logits))
+
+
+def learn_masks(
+    student: Student, settings: Sequence[Setting], means: Means, config: PruneConfig
+) -> NodeMasks:
+    """Optimise every setting's tau; the student's weights get no gradient.
+
+    The settings do not touch each other: learned together or one by one, they end alike.
+    """
+    seeds = [setting.seed for setting in settings]
+    masks = NodeMasks(
+        means, seeds, init=config.init, init_noise=config.init_noise, temperature=config.temperature
     )
-    optimizer = torch.optim.AdamW(
-        mask.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-    )
-    wanted = _wanted(student, train, config)
-    generator = torch.Generator().manual_seed(seed)
-    num_pairs = len(train) // 2
+    optimizer = torch.optim.AdamW([masks.tau], lr=config.learning_rate, betas=BETAS, weight_decay=0.0)
+    size_coefs = torch.tensor([setting.size_coef for setting in settings], device=masks.tau.device)
+    model, tap, num_live = student, GateTap(masks), masks.tau.shape[1]
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (1 - step / config.steps)
-        pairs = torch.randperm(num_pairs, generator=generator)[: config.pairs_per_step]
-        batch = train.select(pairs.to(train.ids.device))
-        gates = mask.gates()
+        may_open = can_open(masks.tau.detach(), step, config)
+        live = may_open.any(0)
+        if config.compact and step % COMPACT_EVERY == 0 and int(live.sum()) < COMPACT_BELOW * num_live:
+            model, tap = CompactStudent(student, masks.live(live), means), GateTap(masks, live)
+            num_live = int(live.sum())
+        batch, wanted = draw_all(settings, step, config.pairs_per_step)
+        gates = masks.gates()
         with autocast(student.device):
-            logits = student(batch.ids, tap=mask.tap(gates)).logits
-        examples = torch.cat([pairs, pairs + num_pairs]).to(wanted.device)
+            logits = model(batch.ids, tap=tap(gates), logits_to_keep=batch.last[:, None]).logits
         difference = batch.logit_difference(logits)
-        loss = F.binary_cross_entropy_with_logits(difference, wanted[examples])
-        loss = loss + config.size_coef * gates.sum()
+        task_loss = F.binary_cross_entropy_with_logits(difference, wanted, reduction="none")
+        loss = task_loss.unflatten(0, (len(settings), -1)).mean(1) + size_coefs * gates.sum(1)
         optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(mask.parameters(), 1.0)
+        loss.sum().backward()
+        gradient = masks.tau.grad.mul_(may_open)
+        gradient.mul_((MAX_GRAD_NORM / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1))
         optimizer.step()
-        mask.clamp_()
-    return mask
+        masks.clamp_()
+    return masks
 
 
-@torch.no_grad()
-def _wanted(student: Student, batch: TaskBatch, config: PruneConfig) -> Float[Tensor, " example"]:
-    """The probability of the answer that the circuit is trained towards."""
-    if config.target == "answer":
-        return torch.ones(len(batch), device=batch.ids.device)
-    return torch.sigmoid(batch.logit_difference(student(batch.ids).logits))
+def can_open(
+    tau: Float[Tensor, "setting node"], step: int, config: PruneConfig
+) -> Bool[Tensor, "setting node"]:
+    """Nodes that are open, or that the steps left could open.
 
-
-@torch.no_grad()
-def smallest_mask(
-    student: Student, mask: NodeMask, selection: TaskBatch, config: PruneConfig
-) -> tuple[Float[Tensor, " node"], Calibration]:
-    """Bisect the fewest top-ranked nodes whose calibrated loss reaches the target."""
-    order = mask.ranking()
-    goal = config.target_loss * config.selection_frac
-
-    def attempt(k: int) -> tuple[float, Calibration]:
-        logits = student(selection.ids, tap=mask.tap(mask.top(order, k))).logits
-        difference = selection.logit_difference(logits)
-        calibration = calibrate(difference)
-        return two_way_loss(calibration(difference)).item(), calibration
-
-    low, high = 0, int((mask.tau > 0).sum()) or 1
-    loss, calibration = attempt(high)
-    while loss > goal and high < len(order):  # the mask alone does not reach it: allow more
-        low, high = high, min(2 * high, len(order))
-        loss, calibration = attempt(high)
-    while high - low > 1:
-        middle = (low + high) // 2
-        middle_loss, middle_calibration = attempt(middle)
-        if middle_loss <= goal:
-            high, calibration = middle, middle_calibration
-        else:
-            low = middle
-    return mask.top(order, high), calibration
-
-
-def calibrate(difference: Float[Tensor, " example"], prior: float = 0.01) -> Calibration:
-    """Scale and shift of a batch's logit difference by L-BFGS (Gao et al. 2025, appendix A.5).
-
-    A weak prior keeps log(scale) and shift near zero, because on prompts that are all right the best
-    scale would be infinite.
+    Adam moves by at most `reach` times the rate (Cauchy-Schwarz on its two moments), and the rate falls
+    linearly to zero, so the others are closed for good: leaving them out changes no gate.
     """
-    with torch.enable_grad():
-        difference = difference.detach().double()
-        side = sides(difference)
-        log_scale = torch.zeros((), dtype=torch.double, requires_grad=True)
-        shift = torch.zeros((), dtype=torch.double, requires_grad=True)
-        optimizer = torch.optim.LBFGS([log_scale, shift], max_iter=16, line_search_fn="strong_wolfe")
+    beta1, beta2 = BETAS
+    reach = (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
+    rates = sum(1 - later / config.steps for later in range(step, config.steps))
+    return tau + max(reach, 1.0) * config.learning_rate * rates > 0
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.softplus(-(log_scale.exp() * difference + shift * side)).mean()
-            loss = loss + prior * (log_scale.square() + shift.square())
-            loss.backward()
-            return loss
 
-        optimizer.step(closure)
-    scale = math.exp(log_scale.item())
-    return Calibration(scale, shift.item())
+def draw_all(
+    settings: Sequence[Setting], step: int, count: int
+) -> tuple[TaskBatch, Float[Tensor, " example"]]:
+    """The settings' prompts of a step, one after the other, padded to the longest."""
+    batches, wanted = zip(*(setting.draw(step, count) for setting in settings), strict=True)
+    width = max(batch.ids.shape[1] for batch in batches)
+    ids = [F.pad(batch.ids, (0, width - batch.ids.shape[1])) for batch in batches]
+    rest = (torch.cat([getattr(b, name) for b in batches]) for name in ("last", "answer", "distractor"))
+    return TaskBatch(torch.cat(ids), *rest), torch.cat(wanted)

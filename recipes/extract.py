@@ -45,6 +45,8 @@ class ExtractConfig(Config):
     held_out_pairs: int = Field(64, ge=2)
     random_circuits: int = Field(5, ge=0)
     """Random circuits of the same size at every address, as a control."""
+    export: bool = False
+    """Also write each circuit as a small dense model of its own: circuits/<task>/."""
     seed: int = 0
 
 
@@ -64,6 +66,10 @@ def main(config: ExtractConfig) -> None:
         started = time.monotonic()
         circuit = find_circuit(student, tokenizer, task, pairs[task], means, config, student_sha256)
         circuit.save(config.run / "circuits" / f"{task}.json")
+        if config.export:
+            folder = config.run / "circuits" / task
+            difference = circuit.export(folder, student, means, text.first(8).to(student.device))
+            bar.write(f"{task}: '{folder}', at most {difference:.1e} in a logit from the masked student")
         found = circuit.evidence
         bar.write(
             f"{task}: {found['nodes']} nodes, {found['edges']} edges, held-out loss "
@@ -72,11 +78,13 @@ def main(config: ExtractConfig) -> None:
         )
     state.wait_for_everyone()
     if state.is_main_process:
+        folder = config.run / "circuits"
+        exports = [folder / task for task in config.tasks if config.export]
         update_manifest(
             config.run,
             "extract",
             inputs={"student": {"sha256": student_sha256}, "train_text_sha256": text.digest},
-            outputs=[config.run / "circuits" / f"{task}.json" for task in config.tasks],
+            outputs=[folder / f"{task}.json" for task in config.tasks] + exports,
             config=config.model_dump(mode="json"),
         )
 

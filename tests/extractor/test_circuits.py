@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from extractor.circuit import Calibration, Circuit, count_edges, edges_between, keep_nodes
+from extractor.compact import CompactStudent
 from extractor.errors import InputError
 from extractor.faithfulness import bootstrap_interval, evaluate_circuit, random_nodes
-from extractor.masks import HeavisideStep, NodeMask, mean_activations
-from extractor.prune import PruneConfig, calibrate, extract_circuit
+from extractor.masks import GateTap, HeavisideStep, NodeMasks, mean_activations
+from extractor.prune import PruneConfig, Setting, extract_circuit, learn_masks, wanted_probability
 from extractor.sites import Node, Recorder, node_addresses
+from extractor.smallest import calibrate
 from extractor.student import Student
 from extractor.tasks import TaskBatch, two_way_loss
 from tests.conftest import tiny_student_config
@@ -34,14 +36,14 @@ def test_means_are_means_over_all_positions(student, tokens, means) -> None:
 
 
 def test_all_gates_on_is_the_student_and_all_off_is_constant(student, tokens, means) -> None:
-    mask = NodeMask(means)
-    on = student(tokens, tap=mask.tap(torch.ones_like(mask.tau))).logits
-    torch.testing.assert_close(on, student(tokens).logits, atol=1e-5, rtol=1e-5)
-    recorder = Recorder(*node_addresses(2))
-    tap = mask.tap(torch.zeros_like(mask.tau))
-    student(tokens, tap=lambda a, x: recorder(a, tap(a, x)))
+    masks = NodeMasks(means, [0, 1])
+    gates = torch.stack([torch.ones_like(masks.tau[0]), torch.zeros_like(masks.tau[0])])
+    recorder, tap = Recorder(*node_addresses(2)), GateTap(masks)(gates)
+    both = student(tokens.repeat(2, 1), tap=lambda a, x: recorder(a, tap(a, x))).logits
+    torch.testing.assert_close(both[: len(tokens)], student(tokens).logits, atol=1e-5, rtol=1e-5)
     for address, activation in recorder.activations.items():
-        assert torch.equal(activation, means[address].expand_as(activation))
+        off = activation[len(tokens) :]
+        assert torch.equal(off, means[address].expand_as(off))
 
 
 def test_step_uses_the_slope_of_the_sigmoid() -> None:
@@ -157,6 +159,48 @@ def test_a_planted_circuit_is_recovered_exactly(target: str) -> None:
     assert found["random_circuits"]["accuracy_max"] <= 0.75
 
 
+def planted_settings(student: Student, count: int) -> list[Setting]:
+    train = planted_task(64, 0)
+    wanted = wanted_probability(student, train, "student")
+    return [Setting(train, wanted, seed, size_coef=2.7e-3 * (1 + seed)) for seed in range(count)]
+
+
+def test_masks_learned_together_are_those_learned_alone() -> None:
+    student = planted_student()
+    means = mean_activations(student, planted_task(64, 0).ids)
+    config = PruneConfig(steps=60, pairs_per_step=16)
+    settings = planted_settings(student, 3)
+    together = learn_masks(student, settings, means, config).tau
+    for setting, tau in zip(settings, together, strict=True):
+        alone = learn_masks(student, [setting], means, config).tau[0]
+        torch.testing.assert_close(alone, tau, atol=1e-3, rtol=0)
+        assert torch.equal(alone > 0, tau > 0)
+    assert not torch.equal(together[0] > 0, together[1] > 0)
+
+
+def test_folding_closed_nodes_away_changes_no_gate() -> None:
+    student = planted_student()
+    means = mean_activations(student, planted_task(64, 0).ids)
+    sizes = []
+    original = CompactStudent.__init__
+
+    def counted(self, *args) -> None:
+        original(self, *args)
+        sizes.append(self.num_nodes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompactStudent, "__init__", counted)
+        small, whole = (
+            learn_masks(student, planted_settings(student, 2), means, PruneConfig(steps=100, compact=compact))
+            for compact in (True, False)
+        )
+    assert len(sizes) >= 2  # it did shrink, more than once
+    assert sizes == sorted(sizes, reverse=True)
+    assert torch.equal(small.tau > 0, whole.tau > 0)
+    could_open = whole.tau > -0.5  # the others stopped where they were folded away
+    torch.testing.assert_close(small.tau[could_open], whole.tau[could_open], atol=1e-3, rtol=0)
+
+
 # --- calibration and statistics --------------------------------------------------------------------------
 
 
@@ -205,6 +249,29 @@ def circuit(student) -> Circuit:
 def test_circuit_round_trips(circuit: Circuit, tmp_path) -> None:
     circuit.save(tmp_path / "c.json")
     assert Circuit.load(tmp_path / "c.json") == circuit
+
+
+def test_an_export_says_how_far_it_is_from_the_masked_student(student, tokens, means, tmp_path) -> None:
+    nodes = frozenset(
+        random.Random(1).sample([Node(a, c) for a, m in means.items() for c in range(len(m))], 60)
+    )
+    circuit = Circuit("t", nodes, edges_between(student, nodes), "sha", {})
+    difference = circuit.export(tmp_path / "t", student, means, tokens)
+    facts = json.loads((tmp_path / "t" / "compact.json").read_text())
+    assert facts["max_logit_difference"] == difference <= 1e-5
+    loaded = CompactStudent.load(tmp_path / "t")
+    masked = student(tokens, tap=circuit.tap(means)).logits
+    torch.testing.assert_close(loaded(tokens).logits, masked, atol=1e-5, rtol=1e-5)
+
+
+def test_edges_of_grouped_queries_pass_through_every_head_of_the_group(tokens) -> None:
+    student = Student(tiny_student_config(num_key_value_heads=2)).eval()  # 4 heads of 8 channels, 2 for k, v
+    edges = edges_between(student, [Node("0.attn.v", 9), Node("0.attn.resid_delta", 3)])
+    row = student.layers[0].attn.o_proj.weight[3]
+    assert [edge.weight for edge in edges] == [row[17].item(), row[25].item()]
+    with torch.no_grad():
+        row[17] = 0
+    assert len(edges_between(student, [Node("0.attn.v", 9), Node("0.attn.resid_delta", 3)])) == 1
 
 
 @pytest.mark.parametrize(
