@@ -17,6 +17,7 @@ from torch import Tensor
 
 from extractor.artifacts import SCHEMA_VERSION, read_json, write_json
 from extractor.compact import CompactStudent
+from extractor.edges import EdgeGates
 from extractor.errors import InputError
 from extractor.masks import Means, ablation_tap, live_channels
 from extractor.sites import Node, Tap
@@ -73,8 +74,11 @@ class Circuit:
         return keep_nodes(self.nodes, means, complement=complement)
 
     def compact(self, student: Student, means: Means) -> CompactStudent:
-        """The student as this circuit only, as a small dense model of its own."""
-        return CompactStudent(student, live_channels(self.nodes), means)
+        """The student as this circuit only, as a small dense model of its own: its nodes and, between them, its
+        edges. A weight that is no edge carries its source's mean.
+        """
+        model = CompactStudent(student, live_channels(self.nodes), means)
+        return EdgeGates(model, means).close_([(edge.source, edge.target) for edge in self.edges])
 
     def export(self, folder: Path, student: Student, means: Means, ids: Int[Tensor, "batch seq"]) -> float:
         """Save the compact model; returns (and writes) its largest logit difference from the masked student

@@ -87,6 +87,17 @@ class CompactStudent(nn.Module):
     def num_nodes(self) -> int:
         return sum(map(len, self.live.values()))
 
+    def matrix_channels(self, name: str, source: str, target: str) -> tuple[list[int], list[int]]:
+        """Channels of the source and of the target that a matrix's columns and rows stand for."""
+        module = self.get_submodule(name)
+        if source.endswith(".v"):  # one column per query head of a v channel's group
+            columns = self.layers[int(source.partition(".")[0])].attn.o_channels.tolist()
+        else:
+            columns = self.live[source].tolist()
+        live = self.live[target].tolist()
+        rows = live if len(module.weight) == len(live) else list(range(len(module.weight)))
+        return columns, rows
+
     def forward(
         self,
         input_ids: Int[Tensor, "batch seq"],

@@ -99,6 +99,7 @@ class CompactAttention(_Sublayer):
         of_v = computed // self.head_dim // self.group_size * self.head_dim + computed % self.head_dim
         is_input = torch.isin(of_v, through)
         self.index("mixed_pick", None if is_input.all() else is_input.nonzero()[:, 0])
+        self.index("o_channels", of_v[is_input])
         heads = frozen.unflatten(0, (-1, 1, self.head_dim)).expand(-1, self.group_size, -1)
         constant = heads.reshape(-1).clone()
         constant[computed[is_input]] = 0  # with a sink, frozen channels are inputs too

@@ -44,8 +44,9 @@ def evaluate_circuit(
         logits = student(held_out.ids, tap=tap, logits_to_keep=held_out.last[:, None]).logits
         return held_out.logit_difference(logits)
 
+    compact = circuit.compact(student, means)
     whole = difference(no_tap)
-    alone = difference(circuit.tap(means))
+    alone = held_out.logit_difference(compact(held_out.ids, logits_to_keep=held_out.last[:, None]).logits)
     without = difference(circuit.tap(means, complement=True))
     floor = difference(keep_nodes((), means))
     gap = (whole.mean() - floor.mean()).item()

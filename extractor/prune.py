@@ -5,8 +5,9 @@
    answer (`target: student`) or the label (`answer`). A mask can solve a task its student cannot, so the
    student's own behaviour is the default target. Nodes that cannot open again in the steps left are folded
    away: the model shrinks as the circuit does.
-2. Rank nodes by tau; bisect the smallest k whose calibrated loss reaches `target_loss` on further
-   training pairs that the mask was not learned on. Held-out prompts are never looked at here.
+2. Rank nodes by tau; search the smallest k whose calibrated loss reaches `target_loss` on selection prompts,
+   whose templates and contents the mask was not learned on. Held-out prompts are never looked at here.
+3. Learn the edges between these nodes, and drop what can be spared (`extractor.refine`).
 
 (Gao et al. 2025, section 2.2 and appendix A.5.)
 """
@@ -27,6 +28,7 @@ from extractor.compact import CompactStudent
 from extractor.config import Config
 from extractor.machine import autocast
 from extractor.masks import GateTap, Means, NodeMasks
+from extractor.refine import RefineConfig, drop_spare_nodes, find_edges, nodes_in_use
 from extractor.smallest import smallest_circuit
 from extractor.student import Student
 from extractor.tasks import TaskBatch
@@ -60,9 +62,11 @@ class PruneConfig(Config):
     """Of the sigmoid whose slope stands in for the step's."""
     train_pairs: int = Field(192, ge=8)
     selection_pairs: int = Field(64, ge=8)
-    """Further training pairs for the size and the calibration."""
+    """Pairs of other templates and contents, on which size, edges and calibration are chosen."""
     seeds: tuple[int, ...] = (0,)
     """One mask per seed, learned together; the smallest circuit that reaches the target is kept."""
+    refine: RefineConfig = RefineConfig()
+    """Edges are learned, and what can be spared is dropped."""
     compact: bool = True
     """Fold nodes away that cannot open again; changes the speed alone."""
 
@@ -99,13 +103,23 @@ def extract_circuit(
     settings = [Setting(train, wanted, seed, config.size_coef) for seed in config.seeds]
     masks = learn_masks(student, settings, means, config)
     goal = config.target_loss * config.selection_frac
-    found = [smallest_circuit(student, masks, tau, selection, goal) for tau in masks.tau.detach()]
-    kept, calibration = min(found, key=lambda candidate: int(candidate[0].sum()))
+    found = [(tau, *smallest_circuit(student, masks, tau, selection, goal)) for tau in masks.tau.detach()]
+    tau, kept, calibration = min(found, key=lambda candidate: int(candidate[1].sum()))
+    if config.refine.enabled:
+        kept = drop_spare_nodes(student, masks, tau, kept, selection, goal)
     nodes = masks.nodes(kept)
+    edges = edges_between(student, nodes)
+    if config.refine.enabled:
+        model = CompactStudent(student, masks.live(kept), means)
+        pairs, calibration = find_edges(
+            model, means, train, wanted, selection, goal, config.refine, config.pairs_per_step
+        )
+        nodes, wanted_pairs = nodes_in_use(nodes, pairs), set(pairs)
+        edges = tuple(edge for edge in edges if (edge.source, edge.target) in wanted_pairs)
     return Circuit(
         task=task,
         nodes=nodes,
-        edges=edges_between(student, nodes),
+        edges=edges,
         student_sha256=student_sha256,
         settings=config.model_dump(mode="json") | {"ablation": "mean"},
         calibration=calibration,

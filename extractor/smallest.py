@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from extractor.circuit import Calibration, sides
@@ -18,27 +18,22 @@ TOKENS_PER_PASS = 65536  # bounds the memory of a pass over many sizes
 
 
 class Sizes:
-    """The losses of the first k nodes of a ranking, many k in one batched forward."""
+    """The calibrated losses of many sets of nodes in one batched forward."""
 
-    def __init__(self, student: Student, masks: NodeMasks, order: Int[Tensor, " node"], most: int):
-        live = torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:most], True)
+    def __init__(self, student: Student, masks: NodeMasks, live: Bool[Tensor, " node"]):
+        """For sets within `live`: all other nodes are folded away."""
         self.model = CompactStudent(student, masks.live(live), masks.means)
-        self.tap, self.order = GateTap(masks, live), order
+        self.tap = GateTap(masks, live)
 
     @torch.no_grad()
-    def losses(self, sizes: list[int], prompts: TaskBatch) -> list[tuple[float, Calibration]]:
-        """Calibrated two-way loss at each size."""
+    def losses(self, kept: Bool[Tensor, "set node"], prompts: TaskBatch) -> list[tuple[float, Calibration]]:
+        """Calibrated two-way loss of every set, and its calibration."""
         found = []
-        at_once = max(1, TOKENS_PER_PASS // prompts.ids.numel())
-        for start in range(0, len(sizes), at_once):
-            some = sizes[start : start + at_once]
-            gates = torch.zeros(len(some), len(self.order), device=self.order.device)
-            for gate, size in zip(gates, some, strict=True):
-                gate[self.order[:size]] = 1
+        for some in kept.split(max(1, TOKENS_PER_PASS // prompts.ids.numel())):
             ids, last = prompts.ids.repeat(len(some), 1), prompts.last.repeat(len(some))
-            logits = self.model(ids, logits_to_keep=last[:, None], tap=self.tap(gates)).logits
-            for kept in logits.unflatten(0, (len(some), -1)):
-                difference = prompts.logit_difference(kept)
+            logits = self.model(ids, logits_to_keep=last[:, None], tap=self.tap(some.float())).logits
+            for own in logits.unflatten(0, (len(some), -1)):
+                difference = prompts.logit_difference(own)
                 calibration = calibrate(difference)
                 found.append((two_way_loss(calibration(difference)).item(), calibration))
         return found
@@ -57,23 +52,24 @@ def smallest_circuit(
     open nodes do not reach it, closed ones are added, at last all.
     """
     order = torch.argsort(tau, descending=True, stable=True)
+    rank = torch.argsort(order)
     low, high = 0, int((tau > 0).sum()) or 1
-    sizes = Sizes(student, masks, order, high)
-    ((loss, calibration),) = sizes.losses([high], prompts)
+    sizes = Sizes(student, masks, rank < high)
+    ((loss, calibration),) = sizes.losses((rank < high)[None], prompts)
     while loss > goal and high < len(order):
         low, high = high, min(2 * high, len(order))
-        sizes = Sizes(student, masks, order, high)
-        ((loss, calibration),) = sizes.losses([high], prompts)
+        sizes = Sizes(student, masks, rank < high)
+        ((loss, calibration),) = sizes.losses((rank < high)[None], prompts)
     while high - low > 1:
         count = min(SIZES_PER_PASS, high - low - 1)
-        grid = [low + (high - low) * (i + 1) // (count + 1) for i in range(count)]
-        for size, (loss, own) in zip(grid, sizes.losses(grid, prompts), strict=True):
+        grid = torch.tensor([low + (high - low) * (i + 1) // (count + 1) for i in range(count)])
+        kept = rank < grid[:, None].to(rank.device)
+        for size, (loss, own) in zip(grid.tolist(), sizes.losses(kept, prompts), strict=True):
             if loss <= goal:
                 high, calibration = size, own
                 break
             low = size
-    kept = torch.zeros_like(tau, dtype=torch.bool).index_fill(0, order[:high], True)
-    return kept, calibration
+    return rank < high, calibration
 
 
 def calibrate(difference: Float[Tensor, " example"], prior: float = 0.01) -> Calibration:

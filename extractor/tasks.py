@@ -8,8 +8,10 @@ example i is example (i + n) mod 2n. The loss is the two-way cross-entropy at th
 
 import difflib
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +19,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from extractor.data import Split
 from extractor.errors import InputError, UsageError
-from extractor.task_specs import HELD_OUT, PREAMBLES, SLOTS, TASKS
+from extractor.task_files import is_task_file, pairs_of_file, read_task_file
+from extractor.task_specs import TASKS
+from extractor.task_text import Pair, TaskSpec, write_pair
+from extractor.task_tokens import check_answers, tokens_of
+from extractor.task_words import TaskSplit
 
-MAX_TRIES_PER_PAIR = 50
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two prompts and the next token of each."""
-
-    clean: str
-    corrupted: str
-    answer: str
-    distractor: str
-    template: int
+ROUNDS_WITHOUT_NEWS = 6  # a task is given up when so many rounds of candidates bring no new pair
 
 
 @dataclass(frozen=True)
@@ -58,8 +52,9 @@ class TaskBatch:
         return TaskBatch(ids, last, self.answer[examples], self.distractor[examples])
 
     def logit_difference(self, logits: Float[Tensor, "example seq vocab"]) -> Float[Tensor, " example"]:
-        """Answer minus distractor at each prompt's last position."""
-        rows = logits[torch.arange(len(self), device=logits.device), self.last].float()
+        """Answer minus distractor at each prompt's last position; logits of all positions, or of that one."""
+        where = self.last if logits.shape[1] > 1 else torch.zeros_like(self.last)
+        rows = logits[torch.arange(len(self), device=logits.device), where].float()
         answer = rows.gather(1, self.answer[:, None])[:, 0]
         return answer - rows.gather(1, self.distractor[:, None])[:, 0]
 
@@ -104,92 +99,100 @@ def accuracy(difference: Float[Tensor, " example"]) -> float:
 
 
 def task_names() -> tuple[str, ...]:
+    """The tasks that come with the package."""
     return tuple(TASKS)
 
 
+def task_label(name: str) -> str:
+    """What a task is called in files and tables: its name, or the stem of a user's `.jsonl` file."""
+    return Path(name).stem if is_task_file(name) else name
+
+
 def refuse_unknown_tasks(names: Sequence[str]) -> None:
-    """Raises UsageError for a name that is not a task."""
+    """Refuse names that are neither tasks nor sound task files, before any work is done.
+
+    Raises:
+        UsageError: a name that is not a task, or two tasks that would be called the same.
+        InputError: a task file that is refused.
+    """
     for name in names:
-        if name not in TASKS:
+        if is_task_file(name):
+            read_task_file(name)
+        elif name not in TASKS:
             near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
             known = ", ".join(TASKS)
             raise UsageError(f"unknown task '{name}'; did you mean '{near}'? known: {known}")
+    labels = Counter(task_label(name) for name in set(names))
+    labels.update(set(TASKS) & set(map(task_label, filter(is_task_file, names))))
+    if twice := [label for label, times in labels.items() if times > 1]:
+        raise UsageError(f"two tasks are called '{twice[0]}'; rename the file of one")
 
 
 def make_pairs(
-    name: str, tokenizer: PreTrainedTokenizerBase, *, split: Split, count: int, seed: int
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: TaskSplit,
+    count: int,
+    seed: int,
+    max_tokens: int | None = None,
 ) -> list[Pair]:
-    """Distinct pairs of a task, from the split's own templates and contents.
+    """Distinct pairs of a task, from the split's own templates and contents, all templates in turn.
+
+    `max_tokens` is what the model reads: pairs with a longer prompt are left out, in a file refused.
 
     Raises:
         UsageError: no task of that name.
-        InputError: an answer is not one token in this tokenizer, or too few distinct pairs exist.
+        InputError: an answer is not one token in this tokenizer, too few distinct pairs exist, or the
+            task's file is refused.
     """
+    if is_task_file(name):
+        return pairs_of_file(name, tokenizer, split=split, count=count, seed=seed, max_tokens=max_tokens)
     refuse_unknown_tasks([name])
     rng = random.Random(f"{name}/{split}/{seed}")
-    templates = _part(TASKS[name], split)
+    pairs, refused = _fitting_pairs(TASKS[name], tokenizer, split, count, rng, max_tokens)
+    if len(pairs) < count:
+        reason = f" ({refused})" if refused else ""
+        raise InputError(f"task '{name}': {len(pairs)} of {count} {split} pairs could be made{reason}")
+    return pairs
+
+
+def _fitting_pairs(
+    spec: TaskSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    split: TaskSplit,
+    count: int,
+    rng: random.Random,
+    max_tokens: int | None,
+) -> tuple[list[Pair], str]:
+    """Up to `count` pairs that the tokenizer can be asked, and why another one cannot be."""
     pairs: dict[tuple[str, str], Pair] = {}
-    refused = ""
-    for _ in range(count * MAX_TRIES_PER_PAIR):
-        if len(pairs) == count:
-            return list(pairs.values())
-        pair = _fill(templates, split, rng)
-        problem = _problem(pair, tokenizer)
-        if problem:
-            refused = problem
-        else:
-            pairs[pair.clean, pair.corrupted] = pair
-    reason = f" ({refused})" if refused else ""
-    raise InputError(f"task '{name}': {len(pairs)} of {count} {split} pairs could be made{reason}")
+    refused, without_news = "", 0
+    templates = range(len(spec.templates(split)))
+    order = rng.sample(templates, len(templates))
+    while len(pairs) < count and without_news < ROUNDS_WITHOUT_NEWS:
+        before = len(pairs)
+        rounds = -(-(count - before) // len(order))
+        candidates = [write_pair(spec, split, index, rng) for _ in range(rounds) for index in order]
+        for pair, problem in check_answers(candidates, tokenizer, max_tokens, marked=True):
+            if problem:
+                refused = problem
+            else:
+                pairs[pair.clean, pair.corrupted] = pair
+        without_news = 0 if len(pairs) > before else without_news + 1
+    return list(pairs.values())[:count], refused
 
 
 def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> TaskBatch:
     """Tokenise pairs into one batch."""
-    prompts = [pair.clean for pair in pairs] + [pair.corrupted for pair in pairs]
-    encoded = [_ids(tokenizer, prompt) for prompt in prompts]
+    encoded = tokens_of([pair.clean for pair in pairs] + [pair.corrupted for pair in pairs], tokenizer)
     width = max(map(len, encoded))
     ids = torch.tensor([row + [tokenizer.eos_token_id] * (width - len(row)) for row in encoded])
-    answer = torch.tensor([_ids(tokenizer, pair.answer)[0] for pair in pairs])
-    distractor = torch.tensor([_ids(tokenizer, pair.distractor)[0] for pair in pairs])
+    answer = torch.tensor([row[0] for row in tokens_of([pair.answer for pair in pairs], tokenizer)])
+    distractor = torch.tensor([row[0] for row in tokens_of([pair.distractor for pair in pairs], tokenizer)])
     return TaskBatch(
         ids=ids,
         last=torch.tensor([len(row) - 1 for row in encoded]),
         answer=torch.cat([answer, distractor]),
         distractor=torch.cat([distractor, answer]),
     )
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _fill(templates: Sequence[tuple[str, str, str, str]], split: Split, rng: random.Random) -> Pair:
-    index = rng.randrange(len(templates))
-    slots: dict[str, str] = {}
-    for slot, pool in SLOTS.items():
-        free = [word for word in _part(pool, split) if word not in slots.values()]
-        slots[slot] = rng.choice(free)
-    preamble = rng.choice(_part(PREAMBLES, split))
-    clean, corrupted, answer, distractor = (part.format(**slots) for part in templates[index])
-    preamble = preamble.format(**slots)
-    return Pair(preamble + clean, preamble + corrupted, answer, distractor, index)
-
-
-def _problem(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Why a pair cannot be used with this tokenizer; empty if it can."""
-    for prompt, token in ((pair.clean, pair.answer), (pair.corrupted, pair.distractor)):
-        ids = _ids(tokenizer, token)
-        if len(ids) != 1:
-            pieces = tokenizer.convert_ids_to_tokens(ids)
-            return f"the answer {token!r} is not one token but {pieces}"
-        if _ids(tokenizer, prompt + token) != _ids(tokenizer, prompt) + ids:
-            return f"{token!r} does not stay one token after the prompt"
-    if pair.answer == pair.distractor:
-        return "answer and distractor are the same"
-    return ""
-
-
-def _part(pool: Sequence, split: Split) -> list:
-    """The training part (before the marker) or the held-out part of a list."""
-    middle = list(pool).index(HELD_OUT)
-    return list(pool[:middle] if split == "train" else pool[middle + 1 :])

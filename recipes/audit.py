@@ -118,10 +118,16 @@ def compare_behaviour(
     check_same_tokenizer(tokenizer, str(config.run / "student"), dense.tokenizer, dense.name)
     tables: dict[str, dict] = {"dense": {}, "student": {}}
     exclusions = []
+    limit = student.config.max_position_embeddings
     for task in task_names():
         try:
             pairs = make_pairs(
-                task, tokenizer, split="held_out", count=config.held_out_pairs, seed=config.seed
+                task,
+                tokenizer,
+                split="held_out",
+                count=config.held_out_pairs,
+                seed=config.seed,
+                max_tokens=limit,
             )
         except InputError as error:
             exclusions.append({"what": f"task {task}", "why": str(error)})

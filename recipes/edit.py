@@ -52,8 +52,9 @@ def main(config: EditRecipeConfig) -> None:
     for circuit in (bar := tqdm(mine, desc="edit", disable=not state.is_main_process)):
         started = time.monotonic()
 
-        def streams(split: str, count: int, task: str = circuit.task) -> PromptStreams:
-            pairs = make_pairs(task, tokenizer, split=split, count=count, seed=config.seed)
+        def streams(split: str, count: int, task: str = circuit.settings["prompts"]) -> PromptStreams:
+            limit = student.config.max_position_embeddings
+            pairs = make_pairs(task, tokenizer, split=split, count=count, seed=config.seed, max_tokens=limit)
             batch = encode_pairs(pairs, tokenizer).to(state.device)
             return PromptStreams(dense, student, bridges, batch)
 

@@ -16,13 +16,12 @@ from extractor.artifacts import fingerprint, update_manifest
 from extractor.circuit import Circuit
 from extractor.config import Config, run_recipe
 from extractor.data import DataConfig, load_blocks
-from extractor.errors import InputError
 from extractor.faithfulness import evaluate_circuit
 from extractor.machine import start_processes, use_all_cores
 from extractor.masks import Means, mean_activations
 from extractor.prune import PruneConfig, extract_circuit
 from extractor.student import Student, load_student
-from extractor.tasks import Pair, encode_pairs, make_pairs, refuse_unknown_tasks
+from extractor.tasks import Pair, encode_pairs, make_pairs, refuse_unknown_tasks, task_label
 
 
 class ExtractConfig(Config):
@@ -37,7 +36,7 @@ class ExtractConfig(Config):
         "if_return",
         "while_return_true",
     )
-    """Names from the list in the README."""
+    """Names from the list in the README, or paths of `.jsonl` files with tasks of your own."""
     data: DataConfig = DataConfig()
     mean_blocks: int = Field(128, ge=1)
     """Training blocks over which nodes' means are taken."""
@@ -56,7 +55,7 @@ def main(config: ExtractConfig) -> None:
     refuse_unknown_tasks(config.tasks)
     student, tokenizer = load_student(config.run / "student", state.device)
     student_sha256 = fingerprint(config.run / "student")
-    pairs = {task: prompts_of(task, tokenizer, config) for task in config.tasks}
+    pairs = {task: prompts_of(task, tokenizer, student, config) for task in config.tasks}
     text = load_blocks(
         config.data, tokenizer, "train", max_tokens=config.mean_blocks * config.data.context_length
     )
@@ -65,6 +64,7 @@ def main(config: ExtractConfig) -> None:
     for task in (bar := tqdm(mine, desc="extract", disable=not state.is_main_process)):
         started = time.monotonic()
         circuit = find_circuit(student, tokenizer, task, pairs[task], means, config, student_sha256)
+        task = circuit.task
         circuit.save(config.run / "circuits" / f"{task}.json")
         if config.export:
             folder = config.run / "circuits" / task
@@ -79,44 +79,47 @@ def main(config: ExtractConfig) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         folder = config.run / "circuits"
-        exports = [folder / task for task in config.tasks if config.export]
+        tasks = [task_label(task) for task in config.tasks]
+        exports = [folder / task for task in tasks if config.export]
         update_manifest(
             config.run,
             "extract",
             inputs={"student": {"sha256": student_sha256}, "train_text_sha256": text.digest},
-            outputs=[folder / f"{task}.json" for task in config.tasks] + exports,
+            outputs=[folder / f"{task}.json" for task in tasks] + exports,
             config=config.model_dump(mode="json"),
         )
 
 
-def prompts_of(task: str, tokenizer, config: ExtractConfig) -> tuple[list[Pair], list[Pair]]:
-    """Training pairs (mask, then selection) and held-out pairs of a task."""
-    count = config.prune.train_pairs + config.prune.selection_pairs
-    train = make_pairs(task, tokenizer, split="train", count=count, seed=config.seed)
-    held_out = make_pairs(task, tokenizer, split="held_out", count=config.held_out_pairs, seed=config.seed)
-    shared = {pair.clean for pair in train} & {pair.clean for pair in held_out}
-    if shared:
-        raise InputError(f"task '{task}': {len(shared)} held-out prompts are also training prompts")
-    return train, held_out
+def prompts_of(task: str, tokenizer, student: Student, config: ExtractConfig) -> dict[str, list[Pair]]:
+    """Prompts to learn masks on, to choose sizes on, and held-out ones; no template or content in two."""
+    counts = {
+        "train": config.prune.train_pairs,
+        "selection": config.prune.selection_pairs,
+        "held_out": config.held_out_pairs,
+    }
+    limit = student.config.max_position_embeddings
+    return {
+        split: make_pairs(task, tokenizer, split=split, count=count, seed=config.seed, max_tokens=limit)
+        for split, count in counts.items()
+    }
 
 
 def find_circuit(
     student: Student,
     tokenizer,
     task: str,
-    pairs: tuple[list[Pair], list[Pair]],
+    pairs: dict[str, list[Pair]],
     means: Means,
     config: ExtractConfig,
     student_sha256: str,
 ) -> Circuit:
     """Extract one circuit and add its held-out evidence."""
-    train, held_out = pairs
-    split = config.prune.train_pairs
+    prompts = {split: encode_pairs(own, tokenizer).to(student.device) for split, own in pairs.items()}
     circuit = extract_circuit(
         student,
-        task,
-        encode_pairs(train[:split], tokenizer).to(student.device),
-        encode_pairs(train[split:], tokenizer).to(student.device),
+        task_label(task),
+        prompts["train"],
+        prompts["selection"],
         means,
         config.prune,
         student_sha256,
@@ -124,15 +127,16 @@ def find_circuit(
     evidence = evaluate_circuit(
         student,
         circuit,
-        encode_pairs(held_out, tokenizer).to(student.device),
+        prompts["held_out"],
         means,
         num_random=config.random_circuits,
         seed=config.seed,
     )
+    example = pairs["held_out"][0]
     evidence["example"] = {
-        key: getattr(held_out[0], key) for key in ("clean", "corrupted", "answer", "distractor")
+        key: getattr(example, key) for key in ("clean", "corrupted", "answer", "distractor")
     }
-    return dataclasses.replace(circuit, evidence=evidence)
+    return dataclasses.replace(circuit, evidence=evidence, settings=circuit.settings | {"prompts": task})
 
 
 if __name__ == "__main__":

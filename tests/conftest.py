@@ -75,7 +75,7 @@ def shipped_tokenizer():
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, shipped_tokenizer) -> Path:
     """An untrained GPT-2 folder with the shipped tokenizer: what a recipe can start from in seconds."""
     folder = tmp_path_factory.mktemp("dense")
-    tiny_gpt2(vocab_size=len(shipped_tokenizer), n_positions=64).save_pretrained(folder)
+    tiny_gpt2(vocab_size=len(shipped_tokenizer), n_positions=128).save_pretrained(folder)
     shipped_tokenizer.save_pretrained(folder)
     return folder
 

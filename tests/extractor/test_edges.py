@@ -1,0 +1,102 @@
+"""Closed edges carry means: against a student whose weights and biases are changed by hand."""
+
+import copy
+import random
+
+import pytest
+import torch
+
+from extractor.circuit import Circuit, edges_between, keep_nodes
+from extractor.compact import CompactStudent
+from extractor.edges import EdgeGates
+from extractor.masks import live_channels, mean_activations
+from extractor.refine import drop_spare, nodes_in_use
+from extractor.sites import Node
+from tests.extractor.test_compact import KINDS, some_nodes, student_of
+
+ENDS = {
+    "q_proj": ("attn.act_in", "attn.q"),
+    "k_proj": ("attn.act_in", "attn.k"),
+    "v_proj": ("attn.act_in", "attn.v"),
+    "o_proj": ("attn.v", "attn.resid_delta"),
+    "up_proj": ("mlp.act_in", "mlp.post_act"),
+    "gate_proj": ("mlp.act_in", "mlp.post_act"),
+    "down_proj": ("mlp.post_act", "mlp.resid_delta"),
+}
+
+
+def with_closed(student, closed: set[tuple[Node, Node]], means):
+    """The student with these edges moved into biases, weight by weight."""
+    changed = copy.deepcopy(student)
+    for index, layer in enumerate(changed.layers):
+        for name, module in [*layer.attn.named_children(), *layer.mlp.named_children()]:
+            if name not in ENDS or module is None:
+                continue
+            read, written = ENDS[name]
+            for row in range(module.out_features):
+                for column in range(module.in_features):
+                    channel = column
+                    if name == "o_proj":  # a v channel serves every query head of its group
+                        head, within = divmod(column, layer.attn.head_dim)
+                        channel = head // layer.attn.group_size * layer.attn.head_dim + within
+                    source = Node(f"{index}.{read}", channel)
+                    if (source, Node(f"{index}.{written}", row)) in closed:
+                        with torch.no_grad():
+                            module.bias[row] += module.weight[row, column] * means[source.address][channel]
+                            module.weight[row, column] = 0
+    return changed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closed_edge_is_a_weight_in_the_bias(kind: str, tokens) -> None:
+    student = student_of(kind)
+    means = mean_activations(student, tokens)
+    nodes = some_nodes(means, 0.25)
+    gates = EdgeGates(CompactStudent(student, live_channels(nodes), means), means)
+    rng = random.Random(0)
+    kept = [pair for pair in gates.pairs if rng.random() < 0.5]
+    expected = with_closed(student, set(gates.pairs) - set(kept), means)
+    logits, tap = gates.close_(kept)(tokens).logits, keep_nodes(nodes, means)
+    torch.testing.assert_close(logits, expected(tokens, tap=tap).logits, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits, student(tokens, tap=tap).logits, atol=1e-3)
+
+
+def test_edges_of_a_compact_model_are_those_between_its_nodes(student, tokens) -> None:
+    means = mean_activations(student, tokens)
+    nodes = some_nodes(means, 0.25)
+    gates = EdgeGates(CompactStudent(student, live_channels(nodes), means), means)
+    assert set(gates.pairs) == {(edge.source, edge.target) for edge in edges_between(student, nodes)}
+
+
+def test_a_circuit_runs_with_its_own_edges_only(student, tokens, tmp_path) -> None:
+    means = mean_activations(student, tokens)
+    nodes = frozenset(some_nodes(means, 0.25))
+    edges = edges_between(student, nodes)
+    some, others = edges[::2], edges[1::2]
+    circuit = Circuit("t", nodes, some, "sha", {})
+    expected = with_closed(student, {(edge.source, edge.target) for edge in others}, means)
+    logits = expected(tokens, tap=keep_nodes(nodes, means)).logits
+    torch.testing.assert_close(circuit.compact(student, means)(tokens).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_what_can_be_spared_is_dropped() -> None:
+    needed = torch.zeros(50, dtype=torch.bool).index_fill(0, torch.tensor([3, 4, 30, 49]), True)
+    calls = []
+
+    def loss_of(kept: torch.Tensor) -> float:
+        calls.append(kept)
+        return float((needed & ~kept).sum())
+
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drop_spare(torch.ones(50, dtype=torch.bool), order, loss_of, 0.5), needed)
+    assert len(calls) < 50
+    one_spared = drop_spare(torch.ones(50, dtype=torch.bool), order, loss_of, 1.0)
+    assert one_spared.sum() == 3
+    assert not (one_spared & ~needed).any()
+
+
+def test_nodes_that_no_edge_leaves_are_dropped() -> None:
+    read, value, write = Node("0.attn.act_in", 1), Node("0.attn.v", 0), Node("0.attn.resid_delta", 2)
+    query, idle = Node("0.attn.q", 0), Node("0.mlp.post_act", 5)
+    nodes = frozenset({read, value, write, query, idle})
+    assert nodes_in_use(nodes, [(read, value), (value, write)]) == nodes - {idle}
