@@ -14,8 +14,8 @@ from transformers.cache_utils import Cache
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb  # knows partial rotary
 
 from extractor.machine import attend
+from extractor.selection import abs_topk
 from extractor.sites import Tap
-from extractor.sparsity import abs_topk
 from extractor.student_config import StudentConfig
 
 

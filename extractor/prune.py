@@ -14,6 +14,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +29,7 @@ from extractor.compact import CompactStudent
 from extractor.config import Config
 from extractor.machine import autocast
 from extractor.masks import GateTap, Means, NodeMasks
-from extractor.refine import RefineConfig, drop_spare_nodes, find_edges, nodes_in_use
+from extractor.refine import RefineConfig, drop_spare_nodes, find_edges, in_use
 from extractor.smallest import smallest_circuit
 from extractor.student import Student
 from extractor.tasks import TaskBatch
@@ -49,7 +50,7 @@ class PruneConfig(Config):
     selection_frac: float = Field(0.4, gt=0, le=1)
     """The search aims at this share of target_loss, so that held-out prompts stay below it."""
     steps: int = Field(150, ge=1)
-    pairs_per_step: int = Field(16, ge=1)
+    pairs_per_step: int = Field(8, ge=1)
     learning_rate: float = Field(0.03, gt=0)
     size_coef: float = Field(2.7e-3, ge=0)
     """Nats of task loss that one node is worth in the mask's loss (k_coef of the paper)."""
@@ -114,7 +115,8 @@ def extract_circuit(
         pairs, calibration = find_edges(
             model, means, train, wanted, selection, goal, config.refine, config.pairs_per_step
         )
-        nodes, wanted_pairs = nodes_in_use(nodes, pairs), set(pairs)
+        nodes, pairs = in_use(nodes, pairs)
+        wanted_pairs = set(pairs)
         edges = tuple(edge for edge in edges if (edge.source, edge.target) in wanted_pairs)
     return Circuit(
         task=task,
@@ -161,7 +163,8 @@ def learn_masks(
             num_live = int(live.sum())
         batch, wanted = draw_all(settings, step, config.pairs_per_step)
         gates = masks.gates()
-        with autocast(student.device):
+        # Folded matrices are too small to gain from bf16.
+        with autocast(student.device) if model is student else nullcontext():
             logits = model(batch.ids, tap=tap(gates), logits_to_keep=batch.last[:, None]).logits
         difference = batch.logit_difference(logits)
         task_loss = F.binary_cross_entropy_with_logits(difference, wanted, reduction="none")
@@ -180,8 +183,8 @@ def can_open(
 ) -> Bool[Tensor, "setting node"]:
     """Nodes that are open, or that the steps left could open.
 
-    Adam moves by at most `reach` times the rate (Cauchy-Schwarz on its two moments), and the rate falls
-    linearly to zero, so the others are closed for good: leaving them out changes no gate.
+    Adam moves by at most `reach` times the rate (Cauchy-Schwarz on its two moments), and the rate falls to
+    zero, so the others are closed for good: leaving them out changes no gate.
     """
     beta1, beta2 = BETAS
     reach = (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))

@@ -1,7 +1,7 @@
 """Sparsity: exactly k by magnitude, in weights after every step and in activations at every node.
 
-`keep_largest` is the one selection rule: the k entries of largest |value| along the last axis, ties
-broken by the lowest index, so the count is exact also in bf16 and among equal values.
+The one selection rule (`extractor.selection`): the k entries of largest |value|, ties broken by the lowest
+index, so the count is exact also in bf16 and among equal values.
 
 `WeightSparsifier` projects every matrix of a student after each optimiser step (Gao et al. 2025,
 section 2.1: per matrix, never across matrices; zeroed weights keep their Adam moments and may come
@@ -12,9 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
@@ -22,6 +20,18 @@ from torch.distributed.tensor import DTensor, Replicate
 from extractor.config import Config
 from extractor.errors import InputError
 from extractor.machine import whole
+from extractor.projection import Projection, project_
+from extractor.selection import abs_topk, keep_largest
+
+__all__ = [
+    "SparsityConfig",
+    "WeightSparsifier",
+    "abs_topk",
+    "anneal",
+    "floor_axis",
+    "keep_largest",
+    "num_kept",
+]
 
 
 class SparsityConfig(Config):
@@ -42,43 +52,6 @@ class SparsityConfig(Config):
     """Linear in density, as the paper, or linear in log density."""
     revive_steps: int = Field(0, ge=0)
     """Every so many steps, give neurons without a weight in or out new ones; 0: never."""
-
-
-def keep_largest(values: Float[Tensor, "*batch n"], k: int) -> Bool[Tensor, "*batch n"]:
-    """Mask of the k largest |values| along the last axis; ties go to the lowest index."""
-    size = values.shape[-1]
-    if not 0 < k <= size:
-        raise ValueError(f"k is {k}; it must lie between 1 and the axis length {size}")
-    if k == size:
-        return torch.ones_like(values, dtype=torch.bool)
-    magnitude = values.detach().abs()
-    threshold = _kth_largest(magnitude, k)
-    keep = magnitude > threshold
-    missing = k - keep.sum(-1, keepdim=True)
-    tied = magnitude == threshold
-    if bool((tied.sum(-1, keepdim=True) == missing).all()):
-        return keep | tied
-    return keep | (tied & (tied.cumsum(-1) <= missing))
-
-
-def _kth_largest(magnitude: Tensor, k: int) -> Tensor:
-    """The k-th largest along the last axis, kept as an axis of length 1."""
-    if magnitude.device.type == "cpu":
-        # numpy's vectorised quickselect is 10 to 20 times faster than torch.topk on a CPU.
-        position = magnitude.shape[-1] - k
-        array = np.partition(magnitude.float().numpy(), position, axis=-1)
-        return torch.from_numpy(array[..., position : position + 1].copy()).to(magnitude.dtype)
-    return torch.topk(magnitude, k, dim=-1).values[..., -1:]
-
-
-def abs_topk(x: Float[Tensor, "*batch n"], frac: float | None) -> Float[Tensor, "*batch n"]:
-    """Keep the int(frac * n) entries of largest |x|, zero the rest; None or 1 leaves x as it is.
-
-    The gradient passes through kept entries only (Gao et al. 2025, appendix A.1).
-    """
-    if frac is None or frac >= 1:
-        return x
-    return x * keep_largest(x, max(1, int(frac * x.shape[-1])))
 
 
 class WeightSparsifier:
@@ -113,19 +86,23 @@ class WeightSparsifier:
 
     @torch.no_grad()
     def project_(self, step: int) -> float:
-        """Zero all but the k largest |weights| of every matrix, in place; returns the density."""
+        """Zero all but the k largest |weights| of every matrix, in place; returns the density.
+
+        Projected again at the same step, weights stay as they are.
+        """
+        least, here = self.config.min_weights_per_neuron, []
         for name, parameter in self.parameters.items():
             k = self.num_kept(name, step)
-            if k < parameter.numel():
-                keep = self._keep(name, whole(parameter).detach(), k)
-                _local(parameter).mul_(_like(keep, parameter))
+            if k == parameter.numel():
+                continue
+            projection = Projection(whole(parameter).detach(), k, floor_axis(name) if least else None)
+            if isinstance(parameter, DTensor):  # one gathered matrix at a time
+                project_([projection], least)
+                parameter.to_local().copy_(_part(projection.weight, parameter))
+            else:
+                here.append(projection)
+        project_(here, least)
         return self.density(step)
-
-    def _keep(self, name: str, weight: Tensor, k: int) -> Tensor:
-        floor = floor_axis(name) if self.config.min_weights_per_neuron else None
-        if floor is None:
-            return keep_largest(weight.reshape(-1), k).view_as(weight)
-        return keep_with_floor(weight, k, self.config.min_weights_per_neuron, floor)
 
     def _target(self, name: str, parameter: Tensor) -> float | None:
         """The density that a parameter ends at; None for what stays dense by its kind."""
@@ -151,16 +128,10 @@ class WeightSparsifier:
             )
 
 
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def _like(mask: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a mask over the whole matrix."""
-    if not isinstance(parameter, DTensor):
-        return mask
+def _part(matrix: Tensor, parameter: DTensor) -> Tensor:
+    """This process's part of a matrix that all processes have whole."""
     everywhere = [Replicate()] * parameter.device_mesh.ndim
-    replicated = DTensor.from_local(mask, parameter.device_mesh, everywhere)
+    replicated = DTensor.from_local(matrix, parameter.device_mesh, everywhere)
     return replicated.redistribute(parameter.device_mesh, parameter.placements).to_local()
 
 
@@ -171,24 +142,6 @@ def floor_axis(name: str) -> int | None:
     if name.endswith("gate_proj.weight"):
         return 0
     return 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else None
-
-
-def keep_with_floor(
-    weight: Float[Tensor, "row column"], k: int, least: int, axis: int
-) -> Bool[Tensor, "row column"]:
-    """The k largest entries among masks that keep the `least` largest of every unit along `axis`.
-
-    (Gao et al. 2025, appendix A.2.) The units' own largest are taken first, the rest is filled by size.
-    """
-    by_unit = weight if axis == 0 else weight.T
-    forced = keep_largest(by_unit.contiguous(), least)
-    forced = (forced if axis == 0 else forced.T).reshape(-1)
-    keep = forced.clone()
-    left = k - int(forced.sum())
-    if left > 0:
-        rest = forced.logical_not().nonzero()[:, 0]
-        keep[rest] = keep_largest(weight.reshape(-1)[rest], left)
-    return keep.view_as(weight)
 
 
 def anneal(config: SparsityConfig, target: float, step: int, num_steps: int) -> float:

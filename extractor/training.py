@@ -12,14 +12,16 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from extractor.artifacts import write_json, write_text
 from extractor.config import Config
 from extractor.errors import DivergedError, StoppedError
+from extractor.machine import whole
 
 
 class OptimizerConfig(Config):
@@ -41,6 +43,17 @@ class OptimizerConfig(Config):
     max_grad_norm: float = Field(1.0, gt=0)
 
 
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained, fused: six times as fast on a CPU, and `Watch.step` needs it."""
+    return torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig, density: float, target: float) -> float:
     """The rate of a step (counted from 0) at which the weights have this density."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
@@ -54,22 +67,20 @@ def learning_rate(step: int, num_steps: int, config: OptimizerConfig, density: f
 
 def control_gradients_(
     accelerator: Accelerator, parameters: Iterable[nn.Parameter], config: OptimizerConfig
-) -> float:
-    """Clip or normalise the gradients of all processes alike; returns their norm before.
+) -> Float[Tensor, ""]:
+    """Clip or normalise the gradients of all processes alike; returns their norm before, on the device.
 
-    After the gradients' reduction a NaN on one process is a NaN on all, so all see the same norm.
+    After the gradients' reduction a NaN on one process is a NaN on all, so all see the same norm. One that
+    is not finite spoils the gradients; `Watch.step` leaves them out.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     limit = config.max_grad_norm if config.gradient_control == "clip_norm" else math.inf
-    norm = accelerator.clip_grad_norm_(parameters, limit)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    norm = whole(accelerator.clip_grad_norm_(parameters, limit))
     rms = norm / math.sqrt(sum(parameter.numel() for parameter in parameters))
-    scale = 1.0
-    if config.gradient_control == "normalise_rms":
-        scale = 1 / (rms + 1e-5)
-    elif config.gradient_control == "clip_rms":
-        scale = min(1.0, 1 / (rms + 1e-5))
-    if scale != 1.0 and math.isfinite(scale):
+    scale = 1 / (rms + 1e-5)
+    if config.gradient_control == "clip_rms":
+        scale = scale.clamp(max=1.0)
+    if config.gradient_control in ("normalise_rms", "clip_rms"):
         torch._foreach_mul_([parameter.grad for parameter in parameters], scale)
     return norm
 
@@ -115,6 +126,8 @@ class StopSignals:
 
     def asked(self) -> bool:
         """Whether any process was asked to stop: a collective call with several processes."""
+        if self.accelerator.num_processes == 1:
+            return self.received is not None
         mine = torch.tensor(int(self.received is not None), device=self.accelerator.device)
         return bool(self.accelerator.reduce(mine, reduction="sum"))
 
@@ -137,29 +150,45 @@ class WatchConfig(Config):
 
 
 class Watch:
-    """Skips steps whose gradients are not finite, and gives up on a run that does not come back."""
+    """Leaves out steps whose gradients are not finite, and gives up on a run that does not come back.
+
+    Whether a step is taken is decided on the device, which also counts; the host reads the counts when it
+    logs, so no step waits for the device.
+    """
 
     def __init__(self, run: Path, config: WatchConfig, *, is_writer: bool):
         self.run, self.config, self.is_writer = run, config, is_writer
-        self.skipped = 0
+        self.in_a_row: Tensor | int = 0
+        self.most_in_a_row: Tensor | int = 0
         self.recent: deque[float] = deque(maxlen=50)
 
-    def may_step(self, norm: float, step: int, losses: dict[str, Tensor]) -> bool:
-        """Whether to take this step.
+    def step(self, optimizer: torch.optim.Optimizer | AcceleratedOptimizer, norm: Float[Tensor, ""]) -> None:
+        """An optimiser step, which changes nothing where the gradients' norm is not finite.
 
         Raises:
-            DivergedError: more non-finite steps in a row than allowed.
+            ValueError: an optimiser without `fused=True`, which cannot leave a step out by itself.
         """
-        if math.isfinite(norm):
-            self.skipped = 0
-            return True
-        self.skipped += 1
-        if self.skipped > self.config.max_skipped:
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if not all(group["fused"] for group in inner.param_groups):
+            raise ValueError("the optimiser must be made with fused=True")
+        skipped = norm.detach().isfinite().logical_not()
+        self.in_a_row = (self.in_a_row + 1) * skipped
+        self.most_in_a_row = self.in_a_row.clamp(min=self.most_in_a_row)
+        inner.found_inf = skipped.float()  # torch's fused optimisers ask for it, as its GradScaler sets it
+        optimizer.step()
+
+    def check_skipped(self, step: int, norm: Tensor, losses: dict[str, Tensor]) -> int:
+        """How many steps in a row were left out just now; waits for the device.
+
+        Raises:
+            DivergedError: at some time since the start, more in a row than allowed.
+        """
+        now, most = int(self.in_a_row), int(self.most_in_a_row)
+        if most > self.config.max_skipped:
             values = {name: float(loss.detach()) for name, loss in losses.items()}
-            self._give_up(
-                step, f"loss is not finite (gradient norm {norm}, {self.skipped} steps in a row)", values
-            )
-        return False
+            why = f"loss is not finite (gradient norm {float(norm)}, {most} steps in a row)"
+            self._give_up(step, why, values)
+        return now
 
     def check(self, step: int, row: dict[str, float]) -> None:
         """Raises DivergedError: the text loss is far above what it was, or not finite."""

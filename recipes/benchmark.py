@@ -1,9 +1,13 @@
-"""What a training step needs: peak memory, on random weights of a given shape.
+"""What a step costs: ratios of times in one interleaved run, and peak memory.
 
-    python recipes/benchmark.py                      # the shape of GPT-2 (124 M), 8 x 256 tokens
-    python recipes/benchmark.py --num_hidden_layers 4 --hidden_size 256 --vocab_size 2048
+    python recipes/benchmark.py                                   # ratios, on the quickstart's shapes
+    python recipes/benchmark.py --shape.hidden_size 1024 --shape.batch_size 256 --shape.head_dim 64   # a GPU
+    python recipes/benchmark.py --memory.enabled true             # and memory, at the shape of GPT-2
 
-Each row runs in a process of its own, so its peak is its own: resident memory beyond what the process
+Every ratio is the median over rounds of a ratio within one round, with the rounds' range; caches are cold
+(`extractor.clock`). Nothing else should run beside it. Circuits are timed on a trained student (`--run`).
+
+A row of memory runs in a process of its own, so its peak is its own: resident memory beyond what the process
 held after its imports (CPU), or what torch's allocator peaked at (GPU). On a CPU freed memory goes back at
 once (MALLOC_MMAP_THRESHOLD_), so that the peak is what a step holds and not what glibc's heap keeps: without
 it the passes over all sites can take twice as much. Writes benchmark.json.
@@ -22,16 +26,68 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bridges.coupled import CoupledModel, LossConfig
 from bridges.dense import DenseModel
+from bridges.speed import (
+    ShapeConfig,
+    bridged_rows,
+    kernel_choices,
+    kernels,
+    optimizer_rows,
+    precisions,
+    step_rows,
+    student_step,
+)
 from bridges.warm_start import StudentShape, make_student
 from extractor.artifacts import SCHEMA_VERSION, write_json
+from extractor.circuit_speed import compact_rows, mask_rows, sparse_product_rows
+from extractor.clock import Row, machine_limits
 from extractor.config import Config, run_recipe
 from extractor.machine import use_all_cores
 from extractor.rotation import RotationConfig
+from extractor.selection import TorchBackend, keep_largest, largest, magnitude, unpack
 from extractor.sparsity import SparsityConfig, WeightSparsifier
 
+EXACTNESS_STEPS = 20
 
-class BenchmarkConfig(Config):
-    out: Path = Path("runs/benchmark")
+# At most, unless it says otherwise; rows without a goal are for comparison.
+GOALS = {
+    "sparse step / dense step, fp32, plain": "1.15",
+    "sparse step / dense step, bf16, plain": "1.30",
+    "sparse step / dense step, fp32, fast": "1.05",
+    "sparse step / dense step, bf16, fast": "1.12",
+    "AbsTopK / sparse step, fp32, plain": "0.10",
+    "AbsTopK / sparse step, bf16, plain": "0.15",
+    "AbsTopK / sparse step, fp32, fast": "0.03",
+    "AbsTopK / sparse step, bf16, fast": "0.05",
+    "projection / sparse step, fp32, plain": "0.02",
+    "projection / sparse step, bf16, plain": "0.02",
+    "projection / sparse step, fp32, fast": "0.005",
+    "projection / sparse step, bf16, fast": "0.005",
+    "matrix products / dense step, fp32": "at least 0.45",
+    "matrix products / dense step, bf16": "at least 0.45",
+    "(AdamW + projection) / AdamW, 4 M weights, plain": "4",
+    "(AdamW + projection) / AdamW, 4 M weights, fast": "1.3",
+    "projection with a floor of 4 / without, plain": "2",
+    "projection with a floor of 4 / without, fast": "2",
+    "bridged step / dense step, fp32, plain": "2.4",
+    "bridged step / dense step, bf16, plain": "2.4",
+    "bridged step / dense step, fp32, fast": "2.2",
+    "bridged step / dense step, bf16, fast": "2.2",
+    "cost of the teacher / its forward, fp32": "1.1",
+    "cost of the teacher / its forward, bf16": "1.1",
+    "masks: 8 seeds together / one alone": "2",
+    "masks: folded / not folded": "0.33",
+    "extraction / attribution (2 forwards, 1 backward)": "30",
+    "masked / compact, d 512, 3 % kept, 8 x 256 tokens": "at least 25",
+    "largest logit difference, d 512, 3 % kept, 8 x 256 tokens": "1e-5",
+    "dense product / sparse one, 1 token": "at least 15",
+    "dense product / sparse one, 256 tokens": "at least 6.5",
+}
+
+
+class MemoryConfig(Config):
+    """Peak memory, at the shape of GPT-2 (124 M) unless told otherwise."""
+
+    enabled: bool = False
     num_hidden_layers: int = Field(12, ge=1)
     hidden_size: int = Field(768, ge=8)
     num_attention_heads: int = Field(12, ge=1)
@@ -40,27 +96,121 @@ class BenchmarkConfig(Config):
     batch_size: int = Field(8, ge=1)
 
 
+class BenchmarkConfig(Config):
+    out: Path = Path("runs/benchmark")
+    shape: ShapeConfig = ShapeConfig()
+    rounds: int = Field(7, ge=1)
+    run: Path = Path("runs/quickstart")
+    """A run folder with a trained student, for the rows on masks."""
+    task: str = "with_as"
+    mask_rounds: int = Field(3, ge=1)
+    """Rounds of the rows on masks, which learn thirteen masks each."""
+    memory: MemoryConfig = MemoryConfig()
+
+
 def main(config: BenchmarkConfig) -> None:
+    use_all_cores()
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    limits = machine_limits(device, config.rounds)
+    for name, value in limits.items():
+        show(f"{name:64} {value:10,.1f}")
+    rows: list[Row] = []
+    for measure in (
+        lambda: step_rows(config.shape, device, config.rounds),
+        lambda: optimizer_rows(device, config.rounds, config.shape.density),
+        lambda: bridged_rows(config.shape, device, config.rounds),
+        lambda: compact_rows(device, config.rounds),
+        lambda: sparse_product_rows(device, config.rounds, config.shape.density),
+        lambda: masks(config, device),
+    ):
+        rows += (new := measure())
+        for row in new:
+            median, low, high = row.ratio
+            show(
+                f"{row.name:64} {median:10.3g}   [{low:.3g}, {high:.3g}]   goal {GOALS.get(row.name, 'none')}"
+            )
+    exact = exactness(config.shape, device)
+    show(f"{'selections equal to the torch.topk oracle':64} {exact['equal']} of {exact['selections']}")
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "config": config.model_dump(mode="json"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "limits": limits,
+        "ratios": {
+            row.name: {
+                "median": row.ratio.median,
+                "low": row.ratio.low,
+                "high": row.ratio.high,
+                "goal": row.goal,
+            }
+            for row in rows
+        },
+        "exactness": exact,
+    }
+    if config.memory.enabled:
+        report["peak_bytes"] = peak_memory(config.memory)
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(config.out / "benchmark.json", report)
+
+
+def masks(config: BenchmarkConfig, device: torch.device) -> list[Row]:
+    if not (config.run / "student").is_dir():
+        show(f"masks: not measured, no student in '{config.run}' (--run)")
+        return []
+    return mask_rows(config.run, config.task, device, config.mask_rounds)
+
+
+def show(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def exactness(shape: ShapeConfig, device: torch.device) -> dict[str, int]:
+    """Selections that equal torch.topk with ties by index: projections over real steps, and activations with
+    ties in fp32 and bf16."""
+    counts = {"selections": 0, "equal": 0}
+
+    def count(found: torch.Tensor, expected: torch.Tensor) -> None:
+        counts["selections"] += 1
+        counts["equal"] += int(torch.equal(found, expected))
+
+    step, student = student_step(shape, device, precisions()[-1], sparse=True)
+    for choice in kernel_choices(device):
+        with kernels(choice):
+            for _ in range(EXACTNESS_STEPS):
+                step.loss().backward()
+                step.optimizer.step()
+                step.optimizer.zero_grad()
+                before = {name: p.detach().clone() for name, p in student.sparse_matrices().items()}
+                step.project()
+                for name, weight in before.items():
+                    k = step.sparsifier.num_kept(name, 1)
+                    kept = largest(magnitude(weight.flatten()), k).view_as(weight)
+                    count(student.get_parameter(name).detach(), weight * kept)
+            for dtype in (torch.float32, torch.bfloat16):
+                x = (torch.randn(4096, shape.hidden_size, device=device) * 4).round().div(4).to(dtype)
+                k = int(shape.activation_frac * shape.hidden_size)
+                oracle = unpack(TorchBackend().select(x, k).packed, x.shape[-1])
+                count(keep_largest(x, k), oracle)
+    return counts
+
+
+def peak_memory(config: MemoryConfig) -> dict[str, int]:
+    """Peak bytes of every row."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # read by the processes started below
     spawn = multiprocessing.get_context("spawn")
     rows = {}
     for name in MEMORY_ROWS:
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # a killed process is an error, not a wait
             rows[name] = pool.submit(_peak, name, config).result()
-        sys.stdout.write(f"{name:60} {rows[name] / 2**20:10,.0f} MiB\n")
-        sys.stdout.flush()
-    config.out.mkdir(parents=True, exist_ok=True)
-    report = {
-        "schema_version": SCHEMA_VERSION,
-        "config": config.model_dump(mode="json"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "peak_bytes": rows,
-    }
-    write_json(config.out / "benchmark.json", report)
+        show(f"{name:64} {rows[name] / 2**20:10,.0f} MiB")
+    return rows
 
 
-def _peak(name: str, config: BenchmarkConfig) -> int:
+def _peak(name: str, config: MemoryConfig) -> int:
     """Peak bytes of one row."""
     use_all_cores()
     torch.manual_seed(0)
@@ -78,7 +228,7 @@ def _peak_resident() -> int:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
-def _dense(config: BenchmarkConfig, device: torch.device) -> DenseModel:
+def _dense(config: MemoryConfig, device: torch.device) -> DenseModel:
     own = GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=config.context_length,
@@ -89,16 +239,16 @@ def _dense(config: BenchmarkConfig, device: torch.device) -> DenseModel:
     return DenseModel(GPT2LMHeadModel(own).to(device))
 
 
-def _tokens(config: BenchmarkConfig, device: torch.device) -> torch.Tensor:
+def _tokens(config: MemoryConfig, device: torch.device) -> torch.Tensor:
     return torch.randint(config.vocab_size, (config.batch_size, config.context_length), device=device)
 
 
 @torch.no_grad()
-def _forward(config: BenchmarkConfig, device: torch.device, record: bool) -> None:
+def _forward(config: MemoryConfig, device: torch.device, record: bool) -> None:
     _dense(config, device).run(_tokens(config, device), record=record)
 
 
-def _step(config: BenchmarkConfig, device: torch.device, hybrid_sites: str) -> None:
+def _step(config: MemoryConfig, device: torch.device, hybrid_sites: str) -> None:
     dense = _dense(config, device)
     student, bridges = make_student(dense, StudentShape(), RotationConfig(enabled=False))
     loss = LossConfig(hybrid_sites=hybrid_sites)
@@ -114,7 +264,7 @@ def _step(config: BenchmarkConfig, device: torch.device, hybrid_sites: str) -> N
         optimizer.zero_grad()
 
 
-MEMORY_ROWS: dict[str, Callable[[BenchmarkConfig, torch.device], None]] = {
+MEMORY_ROWS: dict[str, Callable[[MemoryConfig, torch.device], None]] = {
     "dense forward": lambda config, device: _forward(config, device, record=False),
     "dense forward, every site recorded": lambda config, device: _forward(config, device, record=True),
     "training step, one sampled site per direction": lambda config, device: _step(config, device, "sampled"),

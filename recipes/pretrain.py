@@ -28,7 +28,7 @@ from extractor.checkpoints import load_checkpoint, save_checkpoint
 from extractor.config import Config, dump_config, run_recipe
 from extractor.data import DataConfig, TokenBlocks, load_blocks
 from extractor.errors import UsageError
-from extractor.machine import mixed_precision, start_processes, use_all_cores
+from extractor.machine import fast_fp32, mixed_precision, start_processes, to_device, use_all_cores
 from extractor.text import SplitReader, iter_texts
 
 END_OF_TEXT = "<|endoftext|>"
@@ -63,6 +63,7 @@ class PretrainConfig(Config):
 
 def main(config: PretrainConfig) -> None:
     use_all_cores()
+    fast_fp32()
     if config.n_embd % config.n_head:
         raise UsageError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
     start_processes()
@@ -102,7 +103,8 @@ def main(config: PretrainConfig) -> None:
             seed=config.seed,
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
-        ).to(accelerator.device)
+        )
+        batch = to_device(batch, accelerator.device)
         logits = wrapped(batch, position_ids=train.positions(batch), use_cache=False).logits
         loss = cross_entropy(log_probs(logits), batch)
         accelerator.backward(loss)

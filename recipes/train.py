@@ -58,7 +58,7 @@ from extractor.checkpoints import (
 from extractor.config import Config, dump_config, run_recipe
 from extractor.data import DataConfig, TokenBlocks, load_blocks
 from extractor.errors import UsageError
-from extractor.machine import Precision, mixed_precision, start_processes, use_all_cores
+from extractor.machine import Precision, fast_fp32, mixed_precision, start_processes, to_device, use_all_cores
 from extractor.neurons import dead_neurons, revive_
 from extractor.rotation import RotationConfig
 from extractor.sparsity import SparsityConfig, WeightSparsifier, anneal
@@ -74,6 +74,7 @@ from extractor.training import (
     control_gradients_,
     is_due,
     learning_rate,
+    make_optimizer,
     mean_over_processes,
 )
 
@@ -121,6 +122,7 @@ def main(config: TrainConfig) -> None:
     if config.dry_run:
         return show_plan(config)
     use_all_cores()
+    fast_fp32()
     set_seed(config.seed)
     start_processes()
     accelerator = Accelerator(
@@ -242,15 +244,7 @@ def train_student(
     first_step = checkpoint_step(checkpoint)
     if checkpoint is not None:
         load_weights(checkpoint, coupled)
-    trained = [p for p in coupled.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained,
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        weight_decay=config.optimizer.weight_decay,
-        fused=True,
-    )
-    model, optimizer = accelerator.prepare(coupled, optimizer)
+    model, optimizer = accelerator.prepare(coupled, make_optimizer(coupled, config.optimizer))
     if checkpoint is not None:
         load_optimizer(checkpoint, coupled, optimizer.optimizer)
     # After `prepare`: sharding puts other tensors in the place of the parameters.
@@ -272,21 +266,21 @@ def train_student(
                 student.set_activation_frac(frac)
             losses = accumulate_gradients(config, accelerator, model, train, step)
             norm = control_gradients_(accelerator, model.parameters(), config.optimizer)
-            if watch.may_step(norm, step + 1, losses):
-                optimizer.step()
-                density = sparsifier.project_(step + 1)
+            watch.step(optimizer, norm)
+            density = sparsifier.project_(step + 1)
             optimizer.zero_grad()
             if is_due(step + 1, config.sparsity.revive_steps):
                 revive_(student, weights=REVIVED_WEIGHTS, seed=config.seed, step=step + 1)
                 sparsifier.project_(step + 1)
             is_last = step + 1 == num_steps
             if is_due(step + 1, config.logging_steps) or is_last:
-                row = mean_over_processes(losses, accelerator) | {
-                    "grad_norm": norm,
+                row = {
+                    "grad_norm": float(norm),
                     "density": density,
                     "dead_neurons": float(sum(int(dead.sum()) for dead in dead_neurons(student))),
-                    "skipped_steps": float(watch.skipped),
+                    "skipped_steps": float(watch.check_skipped(step + 1, norm, losses)),
                 }
+                row = mean_over_processes(losses, accelerator) | row
                 watch.check(step + 1, row)
                 metrics.write({"step": step + 1, **row})
                 accelerator.log(row, step=step + 1)
@@ -294,6 +288,7 @@ def train_student(
             may_ask = accelerator.num_processes == 1 or is_due(step + 1, config.logging_steps)
             is_stopping = may_ask and not is_last and signals.asked()
             if (is_due(step + 1, config.save_steps) or is_stopping) and not is_last:
+                watch.check_skipped(step + 1, norm, losses)
                 save_checkpoint(folder, coupled, optimizer.optimizer, step + 1, is_writer=watch.is_writer)
             if is_stopping:
                 signals.stop(step + 1)
@@ -313,7 +308,8 @@ def accumulate_gradients(
             seed=config.seed,
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
-        ).to(accelerator.device)
+        )
+        batch = to_device(batch, accelerator.device)
         is_last = micro + 1 == count
         with nullcontext() if is_last else accelerator.no_sync(model):
             losses = model(batch, train.positions(batch), seed=config.seed, step=step)

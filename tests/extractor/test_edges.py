@@ -10,7 +10,7 @@ from extractor.circuit import Circuit, edges_between, keep_nodes
 from extractor.compact import CompactStudent
 from extractor.edges import EdgeGates
 from extractor.masks import live_channels, mean_activations
-from extractor.refine import drop_spare, nodes_in_use
+from extractor.refine import drop_spare, in_use
 from extractor.sites import Node
 from tests.extractor.test_compact import KINDS, some_nodes, student_of
 
@@ -95,8 +95,10 @@ def test_what_can_be_spared_is_dropped() -> None:
     assert not (one_spared & ~needed).any()
 
 
-def test_nodes_that_no_edge_leaves_are_dropped() -> None:
+def test_nodes_that_lead_nowhere_go_with_what_led_to_them() -> None:
     read, value, write = Node("0.attn.act_in", 1), Node("0.attn.v", 0), Node("0.attn.resid_delta", 2)
-    query, idle = Node("0.attn.q", 0), Node("0.mlp.post_act", 5)
-    nodes = frozenset({read, value, write, query, idle})
-    assert nodes_in_use(nodes, [(read, value), (value, write)]) == nodes - {idle}
+    query, idle, idle_read = Node("0.attn.q", 0), Node("0.mlp.post_act", 5), Node("0.mlp.act_in", 5)
+    edges = [(read, value), (value, write), (idle_read, idle)]
+    nodes, kept = in_use(frozenset({read, value, write, query, idle, idle_read}), edges)
+    assert nodes == {read, value, write, query}
+    assert kept == edges[:2]

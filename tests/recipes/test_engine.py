@@ -326,21 +326,52 @@ def test_gradient_control(control: str, rms_after: float, scale: float) -> None:
     parameter.grad = torch.full((16,), 3.0 * scale)
     config = OptimizerConfig(gradient_control=control, max_grad_norm=0.5)
     norm = control_gradients_(Accelerator(cpu=True), [parameter], config)
-    assert norm == pytest.approx(12 * scale)
+    assert norm.item() == pytest.approx(12 * scale)
     expected = rms_after if scale == 1 or control == "normalise_rms" else 3.0 * scale
     assert parameter.grad.square().mean().sqrt().item() == pytest.approx(expected, rel=0.02)
 
 
-def test_a_gradient_that_is_not_finite_skips_its_step_and_then_ends_the_run(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, WatchConfig(max_skipped=2), is_writer=True)
+def watched_model(tmp_path: Path, max_skipped: int) -> tuple[Watch, torch.nn.Parameter, torch.optim.AdamW]:
+    parameter = torch.nn.Parameter(torch.ones(4))
+    parameter.grad = torch.ones(4)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    return Watch(tmp_path, WatchConfig(max_skipped=max_skipped), is_writer=True), parameter, optimizer
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, tmp_path: Path) -> None:
+    watch, parameter, optimizer = watched_model(tmp_path, max_skipped=2)
+    watch.step(optimizer, torch.tensor(1.0))
+    weights = parameter.detach().clone()
+    state = {key: value.clone() for key, value in optimizer.state[parameter].items()}
+    parameter.grad.fill_(bad)
+    watch.step(optimizer, torch.tensor(bad))
+    assert torch.equal(parameter, weights)
+    assert all(torch.equal(optimizer.state[parameter][key], value) for key, value in state.items())
+    parameter.grad.fill_(1.0)
+    watch.step(optimizer, torch.tensor(1.0))
+    assert not torch.equal(parameter, weights)
+    assert optimizer.state[parameter]["step"] == 2  # its bias correction counts the steps taken
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_at_the_next_look(tmp_path: Path) -> None:
+    watch, _, optimizer = watched_model(tmp_path, max_skipped=2)
     losses = {"ce": torch.tensor(float("nan"))}
-    assert not watch.may_step(float("nan"), 1, losses)
-    assert watch.may_step(1.0, 2, losses)  # back again: counted anew
-    assert not watch.may_step(float("inf"), 3, losses)
-    assert not watch.may_step(float("nan"), 4, losses)
-    with pytest.raises(DivergedError, match="step 5: loss is not finite"):
-        watch.may_step(float("nan"), 5, losses)
+    bad, good = torch.tensor(float("nan")), torch.tensor(1.0)
+    for norm in (bad, bad, good, bad):  # back again: counted anew
+        watch.step(optimizer, norm)
+    assert watch.check_skipped(4, bad, losses) == 1
+    for norm in (bad, bad, good):  # three in a row, over before the host looks
+        watch.step(optimizer, norm)
+    with pytest.raises(DivergedError, match="step 7: loss is not finite .* 3 steps in a row"):
+        watch.check_skipped(7, good, losses)
     assert json.loads((tmp_path / "diverged.json").read_text())["values"] == {"ce": "nan"}
+
+
+def test_an_optimizer_that_cannot_leave_a_step_out_is_refused(tmp_path: Path) -> None:
+    watch, parameter, _ = watched_model(tmp_path, max_skipped=2)
+    with pytest.raises(ValueError, match="fused=True"):
+        watch.step(torch.optim.AdamW([parameter]), torch.tensor(1.0))
 
 
 def test_a_text_loss_far_above_its_median_is_divergence(tmp_path: Path) -> None:

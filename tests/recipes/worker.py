@@ -71,7 +71,7 @@ def main(mode: str, batch: int, accumulation: int, out: Path, last: int = STEPS)
         for layer in student.layers:
             fully_shard(layer, mesh=mesh)
         model = fully_shard(coupled, mesh=mesh)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     else:
         optimizer = torch.optim.AdamW(coupled.parameters(), lr=1e-3, fused=True)
         model, optimizer = accelerator.prepare(coupled, optimizer)
@@ -92,9 +92,8 @@ def main(mode: str, batch: int, accumulation: int, out: Path, last: int = STEPS)
         if step == 0:
             gradients = {name: whole(p.grad).clone() for name, p in coupled.named_parameters()}
         norm = control_gradients_(accelerator, model.parameters(), config.optimizer)
-        record["taken"].append(watch.may_step(norm, step + 1, losses))
-        if record["taken"][-1]:
-            optimizer.step()
+        watch.step(optimizer, norm)
+        record["taken"].append(watch.check_skipped(step + 1, norm, losses) == 0)
         sparsifier.project_(step + 1)
         counts = {name: int(whole(p).count_nonzero()) for name, p in sparsifier.parameters.items()}
         record["exact"].append(all(n == sparsifier.num_kept(name, step + 1) for name, n in counts.items()))
@@ -116,6 +115,11 @@ def main(mode: str, batch: int, accumulation: int, out: Path, last: int = STEPS)
         save_file(gradients, out / "gradients.safetensors")
     if is_writer:
         save_file(weights, out / "weights.safetensors")
+    # torch 2.13 can hang where the last reference to a gloo group goes while a thread of the group still
+    # wants the interpreter lock, so: the model first, then a barrier, then the group.
+    del model
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
