@@ -74,8 +74,9 @@ class Circuit:
         return keep_nodes(self.nodes, means, complement=complement)
 
     def compact(self, student: Student, means: Means) -> CompactStudent:
-        """The student as this circuit only, as a small dense model of its own: its nodes and, between them, its
-        edges. A weight that is no edge carries its source's mean.
+        """The student as this circuit only, as a small dense model of its own: its nodes and its edges.
+
+        A weight that is no edge of the circuit carries its source's mean.
         """
         model = CompactStudent(student, live_channels(self.nodes), means)
         return EdgeGates(model, means).close_([(edge.source, edge.target) for edge in self.edges])

@@ -50,7 +50,7 @@ class PruneConfig(Config):
     selection_frac: float = Field(0.4, gt=0, le=1)
     """The search aims at this share of target_loss, so that held-out prompts stay below it."""
     steps: int = Field(150, ge=1)
-    pairs_per_step: int = Field(8, ge=1)
+    pairs_per_step: int = Field(12, ge=1)
     learning_rate: float = Field(0.03, gt=0)
     size_coef: float = Field(2.7e-3, ge=0)
     """Nats of task loss that one node is worth in the mask's loss (k_coef of the paper)."""
