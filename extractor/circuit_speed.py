@@ -41,6 +41,7 @@ def mask_rows(run: Path, task: str, device: torch.device, rounds: int) -> list[R
         },
         rounds,
         device,
+        warm_up=False,  # seconds each
     )
     return [
         Row("masks: 8 seeds together / one alone", ratio(times, "together", "alone")),

@@ -36,12 +36,14 @@ class Row(NamedTuple):
     ratio: Ratio
 
 
-def interleave(works: Mapping[str, Work], rounds: int, device: torch.device) -> Times:
+def interleave(
+    works: Mapping[str, Work], rounds: int, device: torch.device, *, warm_up: bool = True
+) -> Times:
     """Time every work once a round, after one round that does not count; the order turns with the round."""
     flush = torch.zeros(CACHE_BYTES, dtype=torch.uint8, device=device)
     times: Times = {name: [] for name in works}
     names = list(works)
-    for turn in range(rounds + 1):
+    for turn in range(0 if warm_up else 1, rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             flush.add_(1)
             gc.collect()

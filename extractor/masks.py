@@ -118,20 +118,20 @@ class GateTap:
     """
 
     def __init__(self, masks: NodeMasks, live: Bool[Tensor, " node"] | None = None):
-        flat = torch.arange(masks.tau.shape[1], device=masks.tau.device)
-        self.index, self.means = masks.by_address(flat), dict(masks.means)
-        if live is not None:
-            for address, kept in masks.live(live).items():
-                self.index[address] = self.index[address][kept]
-                self.means[address] = self.means[address][kept]
+        if live is None:
+            live = torch.ones_like(masks.tau[0], dtype=torch.bool)
+        self.live = live.nonzero()[:, 0]
+        self.means = {address: masks.means[address][kept] for address, kept in masks.live(live).items()}
 
     def __call__(self, gates: Float[Tensor, "setting node"]) -> Tap:
         """The tap that applies these gates."""
+        sizes = [len(mean) for mean in self.means.values()]
+        by_address = dict(zip(self.means, gates[:, self.live].split(sizes, dim=1), strict=True))
 
         def tap(address: str, activation: Tensor) -> Tensor:
-            if address not in self.index:
+            if address not in by_address:
                 return activation
-            gate = gates[:, None, None, self.index[address]].to(activation.dtype)
+            gate = by_address[address][:, None, None].to(activation.dtype)
             frozen = self.means[address].to(activation.dtype) * (1 - gate)
             by_setting = activation.unflatten(0, (len(gates), -1))
             return torch.addcmul(frozen, gate, by_setting).flatten(0, 1)

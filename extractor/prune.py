@@ -50,7 +50,7 @@ class PruneConfig(Config):
     selection_frac: float = Field(0.4, gt=0, le=1)
     """The search aims at this share of target_loss, so that held-out prompts stay below it."""
     steps: int = Field(150, ge=1)
-    pairs_per_step: int = Field(12, ge=1)
+    pairs_per_step: int = Field(8, ge=1)
     learning_rate: float = Field(0.03, gt=0)
     size_coef: float = Field(2.7e-3, ge=0)
     """Nats of task loss that one node is worth in the mask's loss (k_coef of the paper)."""
@@ -104,7 +104,10 @@ def extract_circuit(
     settings = [Setting(train, wanted, seed, config.size_coef) for seed in config.seeds]
     masks = learn_masks(student, settings, means, config)
     goal = config.target_loss * config.selection_frac
-    found = [(tau, *smallest_circuit(student, masks, tau, selection, goal)) for tau in masks.tau.detach()]
+    found = [
+        (tau, *smallest_circuit(student, masks, tau, selection, goal, config.target_loss))
+        for tau in masks.tau.detach()
+    ]
     tau, kept, calibration = min(found, key=lambda candidate: int(candidate[1].sum()))
     if config.refine.enabled:
         kept = drop_spare_nodes(student, masks, tau, kept, selection, goal)
@@ -135,7 +138,8 @@ def wanted_probability(
     """The probability of the answer that a mask is trained towards."""
     if target == "answer":
         return torch.ones(len(prompts), device=prompts.ids.device)
-    logits = student(prompts.ids, logits_to_keep=prompts.last[:, None]).logits
+    with autocast(student.device):
+        logits = student(prompts.ids, logits_to_keep=prompts.last[:, None]).logits
     return torch.sigmoid(prompts.logit_difference(logits))
 
 

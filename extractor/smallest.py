@@ -45,17 +45,20 @@ def smallest_circuit(
     tau: Float[Tensor, " node"],
     prompts: TaskBatch,
     goal: float,
+    target_loss: float,
 ) -> tuple[Bool[Tensor, " node"], Calibration]:
     """The fewest nodes of largest tau (ties by index) whose calibrated loss is at most `goal`.
 
     A grid of sizes is tried in one pass, then a finer one below the smallest that reached the goal. Where the
-    open nodes do not reach it, closed ones are added, at last all.
+    open nodes do not reach it, the goal is `target_loss`; where they do not reach that either, closed nodes
+    are added, at last all.
     """
     order = torch.argsort(tau, descending=True, stable=True)
     rank = torch.argsort(order)
     low, high = 0, int((tau > 0).sum()) or 1
     sizes = Sizes(student, masks, rank < high)
     ((loss, calibration),) = sizes.losses((rank < high)[None], prompts)
+    goal = goal if loss <= goal else target_loss
     while loss > goal and high < len(order):
         low, high = high, min(2 * high, len(order))
         sizes = Sizes(student, masks, rank < high)

@@ -73,15 +73,8 @@ def _surroundings(text: str, prose: bool, split: TaskSplit, rng: random.Random) 
         place = "    <here>" if in_class else "<here>"
     else:
         place = rng.choice((METHODS if in_class else FUNCTIONS)[split])
-    before = (
-        [rng.choice(MODULES[split]), rng.choice(CLASSES[split])] if in_class else _two(MODULES[split], rng)
-    )
-    return "".join(before) + place, "\n\n    " if in_class else "\n\n"
-
-
-def _two(pieces: tuple[str, ...], rng: random.Random) -> list[str]:
-    """Two pieces in the order in which they are listed: imports come first."""
-    return [pieces[index] for index in sorted(rng.sample(range(len(pieces)), 2))]
+    before = rng.choice((CLASSES if in_class else MODULES)[split])
+    return before + place, "\n\n    " if in_class else "\n\n"
 
 
 def _indented(text: str, indent: str) -> str:

@@ -20,7 +20,7 @@ from extractor.artifacts import SCHEMA_VERSION, environment, file_sha256, read_j
 from extractor.circuit import Circuit
 from extractor.config import Config, as_arguments, dump_config, run_recipe
 from extractor.errors import InputError
-from extractor.machine import start_processes, use_all_cores
+from extractor.machine import fast_fp32, start_processes, use_all_cores
 from extractor.student import load_student
 from extractor.tasks import accuracy, encode_pairs, make_pairs, task_names, two_way_loss
 
@@ -62,6 +62,7 @@ class AuditConfig(Config):
 
 def main(config: AuditConfig) -> None:
     use_all_cores()
+    fast_fp32()
     state = start_processes()
     if not state.is_main_process:
         return

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -41,7 +42,7 @@ from extractor.artifacts import SCHEMA_VERSION, write_json
 from extractor.circuit_speed import compact_rows, mask_rows, sparse_product_rows
 from extractor.clock import Row, machine_limits
 from extractor.config import Config, run_recipe
-from extractor.machine import use_all_cores
+from extractor.machine import fast_fp32, use_all_cores
 from extractor.rotation import RotationConfig
 from extractor.selection import TorchBackend, keep_largest, largest, magnitude, unpack
 from extractor.sparsity import SparsityConfig, WeightSparsifier
@@ -84,6 +85,10 @@ GOALS = {
 }
 
 
+RowGroup = Literal["steps", "optimizer", "bridged", "compact", "products", "masks"]
+ROW_GROUPS: tuple[RowGroup, ...] = ("steps", "optimizer", "bridged", "compact", "products", "masks")
+
+
 class MemoryConfig(Config):
     """Peak memory, at the shape of GPT-2 (124 M) unless told otherwise."""
 
@@ -103,28 +108,32 @@ class BenchmarkConfig(Config):
     run: Path = Path("runs/quickstart")
     """A run folder with a trained student, for the rows on masks."""
     task: str = "with_as"
-    mask_rounds: int = Field(3, ge=1)
-    """Rounds of the rows on masks, which learn thirteen masks each."""
+    mask_rounds: int = Field(1, ge=1)
+    """Rounds of the rows on masks, which learn eleven masks each."""
+    rows: tuple[RowGroup, ...] = ROW_GROUPS
+    """What to measure."""
     memory: MemoryConfig = MemoryConfig()
 
 
 def main(config: BenchmarkConfig) -> None:
     use_all_cores()
+    fast_fp32()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limits = machine_limits(device, config.rounds)
     for name, value in limits.items():
         show(f"{name:64} {value:10,.1f}")
+    measures: dict[RowGroup, Callable[[], list[Row]]] = {
+        "steps": lambda: step_rows(config.shape, device, config.rounds),
+        "optimizer": lambda: optimizer_rows(device, config.rounds, config.shape.density),
+        "bridged": lambda: bridged_rows(config.shape, device, config.rounds),
+        "compact": lambda: compact_rows(device, config.rounds),
+        "products": lambda: sparse_product_rows(device, config.rounds, config.shape.density),
+        "masks": lambda: masks(config, device),
+    }
     rows: list[Row] = []
-    for measure in (
-        lambda: step_rows(config.shape, device, config.rounds),
-        lambda: optimizer_rows(device, config.rounds, config.shape.density),
-        lambda: bridged_rows(config.shape, device, config.rounds),
-        lambda: compact_rows(device, config.rounds),
-        lambda: sparse_product_rows(device, config.rounds, config.shape.density),
-        lambda: masks(config, device),
-    ):
-        rows += (new := measure())
+    for group in config.rows:
+        rows += (new := measures[group]())
         for row in new:
             median, low, high = row.ratio
             show(

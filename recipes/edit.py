@@ -20,7 +20,7 @@ from extractor.artifacts import fingerprint, read_json, update_manifest
 from extractor.circuit import Circuit
 from extractor.config import Config, run_recipe
 from extractor.errors import InputError
-from extractor.machine import start_processes, use_all_cores
+from extractor.machine import fast_fp32, start_processes, use_all_cores
 from extractor.student import load_student
 from extractor.tasks import encode_pairs, make_pairs
 
@@ -40,6 +40,7 @@ class EditRecipeConfig(Config):
 
 def main(config: EditRecipeConfig) -> None:
     use_all_cores()
+    fast_fp32()
     state = start_processes()
     circuits = load_circuits(config)
     # an edit is one of the model itself, so it is chosen and measured in full precision

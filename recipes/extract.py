@@ -17,7 +17,7 @@ from extractor.circuit import Circuit
 from extractor.config import Config, run_recipe
 from extractor.data import DataConfig, load_blocks
 from extractor.faithfulness import evaluate_circuit
-from extractor.machine import start_processes, use_all_cores
+from extractor.machine import fast_fp32, start_processes, use_all_cores
 from extractor.masks import Means, mean_activations
 from extractor.prune import PruneConfig, extract_circuit
 from extractor.student import Student, load_student
@@ -51,6 +51,7 @@ class ExtractConfig(Config):
 
 def main(config: ExtractConfig) -> None:
     use_all_cores()
+    fast_fp32()
     state = start_processes()
     refuse_unknown_tasks(config.tasks)
     student, tokenizer = load_student(config.run / "student", state.device)

@@ -95,7 +95,7 @@ def test_answers_are_the_next_token_and_two_sides_differ_in_one_place(name: str,
         for pair in pairs:
             clean, corrupted = differing_middle(tokenizer, pair)
             assert clean != corrupted
-            assert max(len(clean), len(corrupted)) <= 8
+            assert max(len(clean), len(corrupted)) <= 10  # names of several tokens
 
 
 # Where one token stands in another's place, an edit can patch every token of the prompt.

@@ -1,0 +1,29 @@
+"""The benchmark runs, and its selections are exact; no time is asserted."""
+
+import json
+from pathlib import Path
+
+from recipes.benchmark import GOALS, BenchmarkConfig, main
+
+
+def test_a_small_benchmark_writes_its_table(tmp_path: Path, capsys) -> None:
+    shape = {
+        "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 97, "context_length": 16, "batch_size": 2,
+        "density": 0.25,
+    }  # fmt: skip
+    config = BenchmarkConfig.model_validate(
+        {"out": tmp_path / "out", "shape": shape, "rounds": 1, "run": tmp_path,
+         "rows": ["steps", "bridged", "products", "masks"]}
+    )  # fmt: skip
+    main(config)
+    report = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert report["schema_version"] == 1
+    assert report["exactness"]["selections"] > 100
+    assert report["exactness"]["equal"] == report["exactness"]["selections"]
+    for name, row in report["ratios"].items():
+        assert row["low"] <= row["median"] <= row["high"], name
+        assert row["goal"] == GOALS.get(name)
+    assert "bridged step / dense step, fp32, plain" in report["ratios"]
+    printed = capsys.readouterr().out
+    assert "masks: not measured, no student in" in printed
+    assert all(name in printed for name in report["ratios"])
