@@ -21,7 +21,7 @@ from extractor.clock import Row, Work, interleave, ratio
 from extractor.config import Config
 from extractor.machine import has_fast_bf16
 from extractor.rotation import RotationConfig
-from extractor.selection import abs_topk, compiled
+from extractor.selection import COMPILED_FROM, abs_topk, compiled
 from extractor.sites import Recorder, node_addresses
 from extractor.sparsity import SparsityConfig, WeightSparsifier
 from extractor.student import Student
@@ -74,7 +74,8 @@ def kernel_choices(device: torch.device) -> tuple[str, ...]:
     """Without compiled kernels and, where they are installed, with them; a GPU has one way."""
     if device.type == "cuda":
         return ("fast",)
-    return ("plain", "fast") if compiled() is not None else ("plain",)
+    has_numba = compiled(COMPILED_FROM) is not None
+    return ("plain", "fast") if has_numba else ("plain",)
 
 
 def precisions() -> tuple[str, ...]:

@@ -148,15 +148,7 @@ def main(config: BenchmarkConfig) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "limits": limits,
-        "ratios": {
-            row.name: {
-                "median": row.ratio.median,
-                "low": row.ratio.low,
-                "high": row.ratio.high,
-                "goal": row.goal,
-            }
-            for row in rows
-        },
+        "ratios": {row.name: row.ratio._asdict() | {"goal": GOALS.get(row.name)} for row in rows},
         "exactness": exact,
     }
     if config.memory.enabled:
