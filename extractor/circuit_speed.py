@@ -22,10 +22,10 @@ def mask_rows(run: Path, task: str, device: torch.device, rounds: int) -> list[R
     """Learning masks on a trained student: together and alone, folded and whole, and against attribution."""
     student, tokenizer = load_student(run / "student", device)
     config = PruneConfig()
-    count = config.train_pairs + config.selection_pairs
-    pairs = make_pairs(task, tokenizer, split="train", count=count, seed=0)
-    train = encode_pairs(pairs[: config.train_pairs], tokenizer).to(device)
-    selection = encode_pairs(pairs[config.train_pairs :], tokenizer).to(device)
+    train, selection = (
+        encode_pairs(make_pairs(task, tokenizer, split=split, count=count, seed=0), tokenizer).to(device)
+        for split, count in (("train", config.train_pairs), ("selection", config.selection_pairs))
+    )
     means = mean_activations(student, train.ids)
     student.requires_grad_(False)
     wanted = wanted_probability(student, train, config.target)
@@ -36,7 +36,7 @@ def mask_rows(run: Path, task: str, device: torch.device, rounds: int) -> list[R
             "alone": lambda: learn_masks(student, settings[:1], means, config),
             "alone, not folded": lambda: learn_masks(student, settings[:1], means, whole),
             "together": lambda: learn_masks(student, settings, means, config),
-            "extract": lambda: extract_circuit(student, task, train, selection, means, config),
+            "extract": lambda: extract_circuit(student, task, train, selection, means, config, "none"),
             "attribution": lambda: _attribution(student, train, means, wanted),
         },
         rounds,

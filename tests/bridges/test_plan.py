@@ -21,7 +21,7 @@ from extractor.artifacts import fingerprint
 from extractor.errors import InputError, SparsebridgeError, UnsupportedModelError, UsageError
 from extractor.rotation import RotationConfig
 from extractor.sparsity import SparsityConfig, WeightSparsifier
-from recipes.benchmark import MEMORY_ROWS, BenchmarkConfig, _peak
+from recipes.benchmark import MEMORY_ROWS, MemoryConfig, _peak
 from tests.conftest import SHIPPED_DENSE
 from tests.families import TINY, tiny_model
 
@@ -131,7 +131,7 @@ def test_memory_is_near_the_peak_that_the_benchmark_measures(tmp_path: Path) -> 
 
     Seen at 4 layers of 256, vocabulary 8192, 16 x 128 tokens: plan / measured 1.16, all hybrid passes 1.06.
     """
-    config = BenchmarkConfig(
+    config = MemoryConfig(
         num_hidden_layers=2,
         hidden_size=256,
         num_attention_heads=4,
@@ -151,7 +151,7 @@ def test_memory_is_near_the_peak_that_the_benchmark_measures(tmp_path: Path) -> 
     assert measured / 1.5 < found.peak_bytes < measured * 1.5
 
 
-def tiny_config(config: BenchmarkConfig) -> GPT2Config:
+def tiny_config(config: MemoryConfig) -> GPT2Config:
     return GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=config.context_length,
