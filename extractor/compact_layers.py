@@ -6,8 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
-from extractor.layers import LayerContext, StudentAttention, StudentMLP, add_sink, causal_attention
-from extractor.machine import attend
+from extractor.layers import LayerContext, StudentAttention, StudentMLP, mix_heads
 from extractor.masks import Live, Means
 from extractor.sites import Tap
 from extractor.sparsity import abs_topk
@@ -125,15 +124,8 @@ class CompactAttention(_Sublayer):
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, context: LayerContext) -> Tensor:
         if context.rope is not None:
             q, k = apply_rotary_pos_emb(q, k, *context.rope)
-        k, v = (x.repeat_interleave(self.group_size, dim=1) for x in (k, v))
-        mask = context.mask
-        if self.sink is not None:
-            k, v, mask = add_sink(self.sink, q, k, v, mask)
-
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return causal_attention(q, k, v, mask, self.softcap)
-
-        return pick(attend(attention, q, k, v).transpose(1, 2).flatten(2), self.mixed_pick)
+        mixed = mix_heads(q, k, v, context.mask, self.group_size, self.sink, self.softcap)
+        return pick(mixed, self.mixed_pick)
 
 
 class CompactMLP(_Sublayer):

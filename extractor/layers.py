@@ -74,23 +74,35 @@ class StudentAttention(nn.Module):
             q, k = apply_rotary_pos_emb(q, k, *context.rope)
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.layer)
-        k, v = (x.repeat_interleave(self.group_size, dim=1) for x in (k, v))
-        mask = context.mask
-        if self.sink is not None:
-            k, v, mask = add_sink(self.sink, q, k, v, mask)
-
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return causal_attention(q, k, v, mask, self.softcap)
-
-        mixed = attend(attention, q, k, v)
-        write = self.post_norm(self.o_proj(mixed.transpose(1, 2).flatten(2)))
+        mixed = mix_heads(q, k, v, context.mask, self.group_size, self.sink, self.softcap)
+        write = self.post_norm(self.o_proj(mixed))
         return tap(f"{prefix}.resid_delta", abs_topk(write, self.frac))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-def add_sink(
+def mix_heads(
+    q: Float[Tensor, "batch head query d_head"],
+    k: Float[Tensor, "batch kv_head key d_head"],
+    v: Float[Tensor, "batch kv_head key d_head"],
+    mask: Tensor | None,
+    group_size: int,
+    sink: Float[Tensor, " head"] | None,
+    softcap: float | None,
+) -> Float[Tensor, "batch query channel"]:
+    """Attention of groups of query heads over their key/value head; the heads' outputs side by side."""
+    k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))
+    if sink is not None:
+        k, v, mask = _add_sink(sink, q, k, v, mask)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_attention(q, k, v, mask, softcap)
+
+    return attend(attention, q, k, v).transpose(1, 2).flatten(2)
+
+
+def _add_sink(
     sink: Float[Tensor, " head"], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One more key and value, both zero, whose logit is the head's sink."""
