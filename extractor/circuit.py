@@ -19,7 +19,7 @@ from extractor.artifacts import SCHEMA_VERSION, read_json, write_json
 from extractor.compact import CompactStudent
 from extractor.edges import EdgeGates
 from extractor.errors import InputError
-from extractor.masks import Means, ablation_tap, live_channels
+from extractor.masks import Frozen, Means, ablation_tap, live_channels
 from extractor.sites import Node, Tap
 from extractor.student import Student
 
@@ -66,12 +66,12 @@ class Circuit:
     calibration: Calibration = Calibration()
     evidence: dict[str, object] = field(default_factory=dict)
 
-    def tap(self, means: Means, *, complement: bool = False) -> Tap:
+    def tap(self, frozen: Frozen, *, complement: bool = False) -> Tap:
         """The student as this circuit only; with `complement`, as everything but the circuit.
 
-        Whatever is outside is frozen at its mean.
+        Whatever is outside carries what `frozen` holds: its mean, zero, or activations drawn from text.
         """
-        return keep_nodes(self.nodes, means, complement=complement)
+        return keep_nodes(self.nodes, frozen, complement=complement)
 
     def compact(self, student: Student, means: Means) -> CompactStudent:
         """The student as this circuit only, as a small dense model of its own: its nodes and its edges.
@@ -139,15 +139,15 @@ class Circuit:
             raise InputError(f"circuit '{path}' is damaged ({error!r})") from None
 
 
-def keep_nodes(nodes: Collection[Node], means: Means, *, complement: bool = False) -> Tap:
-    """A tap that keeps these nodes (or, with `complement`, all others) and freezes the rest."""
+def keep_nodes(nodes: Collection[Node], frozen: Frozen, *, complement: bool = False) -> Tap:
+    """A tap that keeps these nodes (or, with `complement`, all others) and ablates the rest."""
     by_address = _channels(nodes)
     gates = {}
-    for address, mean in means.items():
-        gate = torch.full_like(mean, float(complement))
+    for address, carried in frozen.items():
+        gate = torch.full(carried.shape[-1:], float(complement), device=carried.device)
         gate[by_address[address]] = float(not complement)
         gates[address] = gate
-    return ablation_tap(gates, means)
+    return ablation_tap(gates, frozen)
 
 
 def edges_between(student: Student, nodes: Collection[Node]) -> tuple[Edge, ...]:

@@ -29,13 +29,15 @@ def mask_rows(run: Path, task: str, device: torch.device, rounds: int) -> list[R
     means = mean_activations(student, train.ids)
     student.requires_grad_(False)
     wanted = wanted_probability(student, train, config.target)
-    settings = [Setting(train, wanted, seed, config.size_coef) for seed in range(8)]
+    settings = [Setting(train, wanted, selection, seed, config.size_coefs[0]) for seed in range(8)]
     whole = config.model_copy(update={"compact": False})
+    batched = config.model_copy(update={"together": True})
     times = interleave(
         {
             "alone": lambda: learn_masks(student, settings[:1], means, config),
             "alone, not folded": lambda: learn_masks(student, settings[:1], means, whole),
             "together": lambda: learn_masks(student, settings, means, config),
+            "in one batch": lambda: learn_masks(student, settings, means, batched),
             "extract": lambda: extract_circuit(student, task, train, selection, means, config, "none"),
             "attribution": lambda: _attribution(student, train, means, wanted),
         },
@@ -45,6 +47,7 @@ def mask_rows(run: Path, task: str, device: torch.device, rounds: int) -> list[R
     )
     return [
         Row("masks: 8 seeds together / one alone", ratio(times, "together", "alone")),
+        Row("masks: 8 seeds in one batch / one alone", ratio(times, "in one batch", "alone")),
         Row("masks: 8 seeds together / one, not folded", ratio(times, "together", "alone, not folded")),
         Row("masks: folded / not folded", ratio(times, "alone", "alone, not folded")),
         Row("extraction / attribution (2 forwards, 1 backward)", ratio(times, "extract", "attribution")),
@@ -54,7 +57,7 @@ def mask_rows(run: Path, task: str, device: torch.device, rounds: int) -> list[R
 def _attribution(student: Student, train: TaskBatch, means: Means, wanted: Tensor) -> None:
     """What edge attribution patching runs: both sides of every pair, and one backward over half of them."""
     masks = NodeMasks(means, [0])
-    gates = torch.ones_like(masks.tau).requires_grad_()
+    gates = torch.ones_like(masks.tau, requires_grad=True)
     with torch.no_grad():
         student(train.ids)
     half = train.select(torch.arange(len(train) // 4, device=train.ids.device))

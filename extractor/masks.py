@@ -1,7 +1,7 @@
-"""Learned node masks: one gate per node, shared over tokens and prompts.
+"""Node masks: one gate per node, shared over tokens and prompts, and what a closed node carries.
 
-Forward: a node is kept where tau > 0, else it is frozen at its mean over training text (mean ablation).
-Backward: the step's derivative is replaced by that of a sigmoid (Gao et al. 2025, section 2.2, appendix A.5).
+A node is kept where tau > 0; else it carries its mean over training text (mean ablation), zero, or its
+activation at a random token of that text (resample ablation). (Gao et al. 2025, section 2.2, appendix A.5.)
 """
 
 from collections import defaultdict
@@ -9,12 +9,14 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from extractor.sites import Node, Recorder, Tap, node_addresses
 from extractor.student import Student
+from extractor.student_config import StudentConfig
 
 Means = Mapping[str, Float[Tensor, " _"]]
+Frozen = Mapping[str, Float[Tensor, "*batch_seq _"]]  # what ablated nodes carry: constants, or one per token
 Live = Mapping[str, Int[Tensor, " _"]]  # some channels of every address, ascending
 
 
@@ -32,6 +34,56 @@ def mean_activations(student: Student, blocks: Tensor, batch: int = 16) -> dict[
     return {address: total / blocks.numel() for address, total in sums.items()}
 
 
+class Bank:
+    """Every node's activation at random tokens of some text: what resample ablation draws from.
+
+    A token's nodes are drawn together, so what is drawn is a state the student can be in (Chan et al. 2022
+    resample over the data set; here over training text, as the means are).
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, student: Student, blocks: Int[Tensor, "block seq"], per_block: int = 16, seed: int = 0
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        addresses = node_addresses(student.config.num_hidden_layers)
+        drawn: dict[str, list[Tensor]] = defaultdict(list)
+        for ids in blocks.to(student.device).split(16):
+            recorder = Recorder(*addresses)
+            student(ids, tap=recorder)
+            rows = torch.arange(len(ids))[:, None]
+            position = torch.randint(ids.shape[1], (len(ids), per_block), generator=generator)
+            for address in addresses:
+                drawn[address].append(recorder[address].float()[rows, position].flatten(0, 1))
+        self.samples = {address: torch.cat(parts) for address, parts in drawn.items()}
+        self.size = len(blocks) * per_block
+
+    def draw(self, batch: int, seq: int, seed: int) -> "Drawn":
+        """One random token of the text for every token of a batch."""
+        generator = torch.Generator().manual_seed(seed)
+        return Drawn(self.samples, torch.randint(self.size, (batch, seq), generator=generator))
+
+
+class Drawn(Mapping):
+    """A bank's activations at drawn tokens, (batch, seq, channel), gathered when they are asked for."""
+
+    def __init__(self, samples: Mapping[str, Tensor], index: Int[Tensor, "batch seq"]):
+        self.samples, self.index = samples, index
+
+    def __getitem__(self, address: str) -> Float[Tensor, "batch seq _"]:
+        return self.samples[address][self.index]
+
+    def repeat(self, times: int) -> "Drawn":
+        """The same draws for a batch repeated so often."""
+        return Drawn(self.samples, self.index.repeat(times, 1))
+
+    def __iter__(self):
+        return iter(self.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
 def live_channels(nodes: Collection[Node]) -> dict[str, Int[Tensor, " _"]]:
     """Kept channels by address, ascending."""
     by_address: dict[str, set[int]] = defaultdict(set)
@@ -40,36 +92,23 @@ def live_channels(nodes: Collection[Node]) -> dict[str, Int[Tensor, " _"]]:
     return {address: torch.tensor(sorted(channels)) for address, channels in by_address.items()}
 
 
-def ablation_tap(gates: Means, means: Means) -> Tap:
-    """A tap that keeps a node as far as its gate is open and freezes the rest of it at its mean."""
+def ablation_tap(gates: Means, frozen: Frozen) -> Tap:
+    """A tap that keeps a node as far as its gate is open; the rest of it is what ablated nodes carry."""
 
     def tap(address: str, activation: Tensor) -> Tensor:
         if address not in gates:
             return activation
         gate = gates[address]
-        return torch.addcmul(means[address] * (1 - gate), gate, activation)
+        return torch.addcmul(frozen[address] * (1 - gate), gate, activation)
 
     return tap
 
 
-class HeavisideStep(torch.autograd.Function):
-    """1 where tau > 0, with the gradient of sigmoid(tau / temperature)."""
+class NodeMasks:
+    """One parameter tau in [-1, 1] per node of the student, for several settings (seeds, tasks) at once.
 
-    @staticmethod
-    def forward(ctx, tau: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(tau)
-        ctx.temperature = temperature
-        return (tau > 0).to(tau.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        (tau,) = ctx.saved_tensors
-        gate = torch.sigmoid(tau / ctx.temperature)
-        return gradient * gate * (1 - gate) / ctx.temperature, None
-
-
-class NodeMasks(nn.Module):
-    """One parameter tau in [-1, 1] per node of the student, for several settings (seeds, tasks) at once."""
+    With `tied`, a k channel and the q channels it is multiplied with share one: they are one part.
+    """
 
     def __init__(
         self,
@@ -78,22 +117,20 @@ class NodeMasks(nn.Module):
         *,
         init: float = 0.5,
         init_noise: float = 0.3,
-        temperature: float = 1.0,
+        tied: Int[Tensor, " node"] | None = None,
     ):
-        super().__init__()
         self.means = dict(means)
-        self.temperature = temperature
-        num_nodes = sum(map(len, self.means.values()))
-        noise = [torch.randn(num_nodes, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         device = next(iter(self.means.values())).device
-        self.tau = nn.Parameter((init + init_noise * torch.stack(noise)).clamp(-1, 1).to(device))
+        num_nodes = sum(map(len, self.means.values()))
+        self.part_of_node = torch.arange(num_nodes) if tied is None else tied
+        num_parts = int(self.part_of_node.max()) + 1
+        self.part_of_node = self.part_of_node.to(device)
+        noise = [torch.randn(num_parts, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self.tau = (init + init_noise * torch.stack(noise)).clamp(-1, 1).to(device)
 
-    def gates(self) -> Float[Tensor, "setting node"]:
-        return HeavisideStep.apply(self.tau, self.temperature)
-
-    @torch.no_grad()
-    def clamp_(self) -> None:
-        self.tau.clamp_(-1, 1)
+    def of_nodes(self, parts: Shaped[Tensor, "*batch part"]) -> Shaped[Tensor, "*batch node"]:
+        """Values of parts (tau, gates, choices) as those of nodes."""
+        return parts[..., self.part_of_node]
 
     def live(self, nodes: Bool[Tensor, " node"]) -> dict[str, Int[Tensor, " _"]]:
         """Channels by address of the nodes marked."""
@@ -111,6 +148,24 @@ class NodeMasks(nn.Module):
         )
 
 
+def tied_queries(config: StudentConfig, means: Means) -> Int[Tensor, " node"]:
+    """The part of every node where a k channel and the q channels of its group's heads are one part."""
+    group = config.num_attention_heads // config.num_key_value_heads
+    parts, taken = {}, 0
+    for address, mean in means.items():
+        if address.endswith(".attn.k"):
+            of_head = parts[address[:-1] + "q"].unflatten(0, (-1, group, config.head_dim))
+            parts[address] = of_head[:, 0].flatten()
+            continue
+        width = len(mean) // group if address.endswith(".attn.q") else len(mean)
+        part = torch.arange(taken, taken + width)
+        taken += width
+        if address.endswith(".attn.q"):
+            part = part.unflatten(0, (-1, 1, config.head_dim)).expand(-1, group, -1).flatten()
+        parts[address] = part
+    return torch.cat([parts[address] for address in means])
+
+
 class GateTap:
     """Gates of several settings over one model; a batch holds the settings' examples one after the other.
 
@@ -119,12 +174,12 @@ class GateTap:
 
     def __init__(self, masks: NodeMasks, live: Bool[Tensor, " node"] | None = None):
         if live is None:
-            live = torch.ones_like(masks.tau[0], dtype=torch.bool)
+            live = torch.ones_like(masks.part_of_node, dtype=torch.bool)
         self.live = live.nonzero()[:, 0]
         self.means = {address: masks.means[address][kept] for address, kept in masks.live(live).items()}
 
-    def __call__(self, gates: Float[Tensor, "setting node"]) -> Tap:
-        """The tap that applies these gates."""
+    def __call__(self, gates: Float[Tensor, "setting node"], drawn: Frozen | None = None) -> Tap:
+        """The tap that applies these gates; what is closed carries its mean, or what was drawn for it."""
         sizes = [len(mean) for mean in self.means.values()]
         by_address = dict(zip(self.means, gates[:, self.live].split(sizes, dim=1), strict=True))
 
@@ -132,8 +187,11 @@ class GateTap:
             if address not in by_address:
                 return activation
             gate = by_address[address][:, None, None].to(activation.dtype)
-            frozen = self.means[address].to(activation.dtype) * (1 - gate)
             by_setting = activation.unflatten(0, (len(gates), -1))
-            return torch.addcmul(frozen, gate, by_setting).flatten(0, 1)
+            frozen = self.means[address]
+            if drawn is not None:
+                frozen = drawn[address].unflatten(0, (len(gates), -1))
+            closed = frozen.to(activation.dtype) * (1 - gate)
+            return torch.addcmul(closed, gate, by_setting).flatten(0, 1)
 
         return tap

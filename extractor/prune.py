@@ -1,21 +1,21 @@
 """Extract a task's circuit: learn a mask, rank its nodes, keep the fewest that reach the target loss.
 
-1. AdamW on tau, for all settings (seeds, tasks) at once over the same frozen weights: task loss + size_coef *
-   nodes kept, on training pairs. The task loss is the two-way cross-entropy towards the whole student's own
-   answer (`target: student`) or the label (`answer`). A mask can solve a task its student cannot, so the
-   student's own behaviour is the default target. Nodes that cannot open again in the steps left are folded
-   away: the model shrinks as the circuit does.
+1. AdamW on tau, for all settings (seeds, coefficients, tasks) over the same frozen weights: task loss +
+   size_coef * nodes kept, on training pairs. The task loss is the two-way cross-entropy towards the whole
+   student's own answer (`target: student`) or the label (`answer`). A mask can solve a task its student
+   cannot, so the student's own behaviour is the default target. Nodes that cannot open again in the steps
+   left are folded away: the model shrinks as the circuit does.
 2. Rank nodes by tau; search the smallest k whose calibrated loss reaches `target_loss` on selection prompts,
    whose templates and contents the mask was not learned on. Held-out prompts are never looked at here.
-3. Learn the edges between these nodes, and drop what can be spared (`extractor.refine`).
+3. Drop what can be spared, and learn the edges between the nodes left (`extractor.refine`).
 
 (Gao et al. 2025, section 2.2 and appendix A.5.)
 """
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import torch
@@ -24,18 +24,18 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from extractor.circuit import Circuit, edges_between
+from extractor.circuit import Calibration, Circuit, edges_between
 from extractor.compact import CompactStudent
 from extractor.config import Config
+from extractor.gates import learn_gates
 from extractor.machine import autocast
-from extractor.masks import GateTap, Means, NodeMasks
+from extractor.masks import Bank, GateTap, Means, NodeMasks, tied_queries
 from extractor.refine import RefineConfig, drop_spare_nodes, find_edges, in_use
+from extractor.sites import Node
 from extractor.smallest import smallest_circuit
 from extractor.student import Student
 from extractor.tasks import TaskBatch
 
-BETAS = (0.9, 0.95)
-MAX_GRAD_NORM = 1.0
 COMPACT_EVERY = 5  # steps; folding takes about as long as half a step
 COMPACT_BELOW = 0.8  # of the nodes computed so far
 
@@ -45,6 +45,11 @@ class PruneConfig(Config):
 
     target: Literal["student", "answer"] = "student"
     """Train the mask towards the whole student's own answers, or towards the labels."""
+    ablation: Literal["mean", "zero", "resample"] = "mean"
+    """What closed nodes carry: their mean over training text, zero, or their activation at random tokens of
+    it. Edges are always learned against constants (the mean, or zero)."""
+    tie_queries: bool = False
+    """A k channel and the q channels it is multiplied with open and close together."""
     target_loss: float = Field(0.15, gt=0)
     """Two-way loss in nats that the circuit must reach (chance is 0.693)."""
     selection_frac: float = Field(0.4, gt=0, le=1)
@@ -52,7 +57,7 @@ class PruneConfig(Config):
     steps: int = Field(150, ge=1)
     pairs_per_step: int = Field(8, ge=1)
     learning_rate: float = Field(0.03, gt=0)
-    size_coef: float = Field(2.7e-3, ge=0)
+    size_coefs: tuple[float, ...] = (2.7e-3,)
     """Nats of task loss that one node is worth in the mask's loss (k_coef of the paper)."""
     init: float = Field(0.5, gt=0, le=1)
     """Mean of tau at the start."""
@@ -65,11 +70,15 @@ class PruneConfig(Config):
     selection_pairs: int = Field(64, ge=8)
     """Pairs of other templates and contents, on which size, edges and calibration are chosen."""
     seeds: tuple[int, ...] = (0,)
-    """One mask per seed, learned together; the smallest circuit that reaches the target is kept."""
+    """One mask per seed and coefficient: this is the search's whole budget (the paper's: 256 runs). The
+    smallest circuit that reaches the target is kept."""
     refine: RefineConfig = RefineConfig()
     """Edges are learned, and what can be spared is dropped."""
     compact: bool = True
     """Fold nodes away that cannot open again; changes the speed alone."""
+    together: bool | None = None
+    """Learn all masks in one batch; by default on an accelerator. A CPU gains nothing from it, and each mask
+    alone folds away more."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,8 @@ class Setting:
     """One mask to learn: its prompts, what it is trained towards, and its start."""
 
     train: TaskBatch
-    wanted: Float[Tensor, " example"]  # probability of the answer
+    wanted: Float[Tensor, " example"]  # probability of the answer, on the training prompts
+    selection: TaskBatch
     seed: int
     size_coef: float
 
@@ -89,6 +99,42 @@ class Setting:
         return self.train.select(pairs), self.wanted[torch.cat([pairs, pairs + half])]
 
 
+@dataclass(frozen=True)
+class Found:
+    """The nodes that one setting's mask came to."""
+
+    tau: Float[Tensor, " part"]
+    kept: Bool[Tensor, " part"]
+    calibration: Calibration
+    goal: float  # the loss on selection prompts that they reach
+
+
+@dataclass(frozen=True)
+class Search:
+    """All masks of a task."""
+
+    masks: NodeMasks
+    settings: Sequence[Setting]
+    found: Sequence[Found]
+
+    @property
+    def best(self) -> int:
+        """The setting with the fewest nodes, of those that reached the smaller goal."""
+        return min(range(len(self.found)), key=self._merit)
+
+    def best_of(self, seed: int) -> int:
+        """The same among the settings of one seed."""
+        own = (index for index, setting in enumerate(self.settings) if setting.seed == seed)
+        return min(own, key=self._merit)
+
+    def nodes(self, index: int) -> frozenset[Node]:
+        """The nodes that one setting came to."""
+        return self.masks.nodes(self.masks.of_nodes(self.found[index].kept))
+
+    def _merit(self, index: int) -> tuple[float, int]:
+        return self.found[index].goal, len(self.nodes(index))
+
+
 def extract_circuit(
     student: Student,
     task: str,
@@ -97,26 +143,68 @@ def extract_circuit(
     means: Means,
     config: PruneConfig,
     student_sha256: str,
+    *,
+    bank: Bank | None = None,
 ) -> Circuit:
-    """The smallest circuit found over the seeds; all nodes, where no mask reaches the target."""
-    student.requires_grad_(False)
+    """The smallest circuit found over the seeds; all nodes, where no mask reaches the target.
+
+    Args:
+        means: what closed nodes carry (zeros for zero ablation).
+        bank: for resample ablation, what they carry instead while masks are learned.
+    """
+    search = search_masks(student, task_settings(student, train, selection, config), means, config, bank)
+    return finish_circuit(student, task, search, config, student_sha256, bank=bank)
+
+
+def task_settings(
+    student: Student, train: TaskBatch, selection: TaskBatch, config: PruneConfig
+) -> list[Setting]:
+    """One setting per seed and coefficient."""
     wanted = wanted_probability(student, train, config.target)
-    settings = [Setting(train, wanted, seed, config.size_coef) for seed in config.seeds]
-    masks = learn_masks(student, settings, means, config)
+    budget = product(config.seeds, config.size_coefs)
+    return [Setting(train, wanted, selection, seed, size_coef) for seed, size_coef in budget]
+
+
+def search_masks(
+    student: Student, settings: Sequence[Setting], means: Means, config: PruneConfig, bank: Bank | None = None
+) -> Search:
+    """Learn every setting's mask, and cut each to its smallest circuit."""
+    student.requires_grad_(False)
+    masks = learn_masks(student, settings, means, config, bank)
     goal = config.target_loss * config.selection_frac
-    found = [
-        (tau, *smallest_circuit(student, masks, tau, selection, goal, config.target_loss))
-        for tau in masks.tau.detach()
-    ]
-    tau, kept, calibration = min(found, key=lambda candidate: int(candidate[1].sum()))
+    found = []
+    for tau, setting in zip(masks.tau, settings, strict=True):
+        reached = smallest_circuit(student, masks, tau, setting.selection, goal, config.target_loss, bank)
+        found.append(Found(tau, *reached))
+    return Search(masks, settings, found)
+
+
+def finish_circuit(
+    student: Student,
+    task: str,
+    search: Search,
+    config: PruneConfig,
+    student_sha256: str,
+    *,
+    bank: Bank | None = None,
+) -> Circuit:
+    """The best mask's circuit: without what it can spare, and with its edges learned."""
+    masks, setting, found = search.masks, search.settings[search.best], search.found[search.best]
+    kept, calibration = masks.of_nodes(found.kept), found.calibration
     if config.refine.enabled:
-        kept = drop_spare_nodes(student, masks, tau, kept, selection, goal)
+        kept = drop_spare_nodes(student, masks, found.tau, found.goal, setting.selection, bank)
     nodes = masks.nodes(kept)
     edges = edges_between(student, nodes)
     if config.refine.enabled:
-        model = CompactStudent(student, masks.live(kept), means)
+        model = CompactStudent(student, masks.live(kept), masks.means)
         pairs, calibration = find_edges(
-            model, means, train, wanted, selection, goal, config.refine, config.pairs_per_step
+            model,
+            masks.means,
+            setting.draw,
+            setting.selection,
+            found.goal,
+            config.refine,
+            config.pairs_per_step,
         )
         nodes, pairs = in_use(nodes, pairs)
         wanted_pairs = set(pairs)
@@ -126,7 +214,7 @@ def extract_circuit(
         nodes=nodes,
         edges=edges,
         student_sha256=student_sha256,
-        settings=config.model_dump(mode="json") | {"ablation": "mean"},
+        settings=config.model_dump(mode="json") | {"selection_loss_reached": found.goal},
         calibration=calibration,
     )
 
@@ -144,56 +232,63 @@ def wanted_probability(
 
 
 def learn_masks(
-    student: Student, settings: Sequence[Setting], means: Means, config: PruneConfig
+    student: Student, settings: Sequence[Setting], means: Means, config: PruneConfig, bank: Bank | None = None
 ) -> NodeMasks:
-    """Optimise every setting's tau; the student's weights get no gradient.
-
-    The settings do not touch each other: learned together or one by one, they end alike.
-    """
+    """Optimise every setting's tau; the student's weights get no gradient."""
+    tied = tied_queries(student.config, means) if config.tie_queries else None
     seeds = [setting.seed for setting in settings]
-    masks = NodeMasks(
-        means, seeds, init=config.init, init_noise=config.init_noise, temperature=config.temperature
-    )
-    optimizer = torch.optim.AdamW([masks.tau], lr=config.learning_rate, betas=BETAS, weight_decay=0.0)
-    size_coefs = torch.tensor([setting.size_coef for setting in settings], device=masks.tau.device)
-    model, tap, num_live = student, GateTap(masks), masks.tau.shape[1]
-    for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (1 - step / config.steps)
-        may_open = can_open(masks.tau.detach(), step, config)
-        live = may_open.any(0)
-        if config.compact and step % COMPACT_EVERY == 0 and int(live.sum()) < COMPACT_BELOW * num_live:
-            model, tap = CompactStudent(student, masks.live(live), means), GateTap(masks, live)
-            num_live = int(live.sum())
-        batch, wanted = draw_all(settings, step, config.pairs_per_step)
-        gates = masks.gates()
-        # Folded matrices are too small to gain from bf16.
-        with autocast(student.device) if model is student else nullcontext():
-            logits = model(batch.ids, tap=tap(gates), logits_to_keep=batch.last[:, None]).logits
-        difference = batch.logit_difference(logits)
-        task_loss = F.binary_cross_entropy_with_logits(difference, wanted, reduction="none")
-        loss = task_loss.unflatten(0, (len(settings), -1)).mean(1) + size_coefs * gates.sum(1)
-        optimizer.zero_grad()
-        loss.sum().backward()
-        gradient = masks.tau.grad.mul_(may_open)
-        gradient.mul_((MAX_GRAD_NORM / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1))
-        optimizer.step()
-        masks.clamp_()
+    masks = NodeMasks(means, seeds, init=config.init, init_noise=config.init_noise, tied=tied)
+    together = config.together if config.together is not None else student.device.type != "cpu"
+    at_once = len(settings) if together else 1
+    for first in range(0, len(settings), at_once):
+        some = slice(first, first + at_once)
+        objective = MaskObjective(student, settings[some], masks, config, bank)
+        learn_gates(
+            masks.tau[some],
+            objective,
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+            temperature=config.temperature,
+        )
     return masks
 
 
-def can_open(
-    tau: Float[Tensor, "setting node"], step: int, config: PruneConfig
-) -> Bool[Tensor, "setting node"]:
-    """Nodes that are open, or that the steps left could open.
+class MaskObjective:
+    """Task loss + size of every setting's circuit; folds nodes away that are closed for good."""
 
-    Adam moves by at most `reach` times the rate (Cauchy-Schwarz on its two moments), and the rate falls to
-    zero, so the others are closed for good: leaving them out changes no gate.
-    """
-    beta1, beta2 = BETAS
-    reach = (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
-    rates = sum(1 - later / config.steps for later in range(step, config.steps))
-    return tau + max(reach, 1.0) * config.learning_rate * rates > 0
+    def __init__(
+        self,
+        student: Student,
+        settings: Sequence[Setting],
+        masks: NodeMasks,
+        config: PruneConfig,
+        bank: Bank | None,
+    ):
+        self.student, self.settings, self.masks = student, settings, masks
+        self.config, self.bank = config, bank
+        self.size_coefs = torch.tensor([setting.size_coef for setting in settings], device=masks.tau.device)
+        self.model, self.tap = student, GateTap(masks)
+        self.num_live = len(masks.part_of_node)
+
+    def __call__(self, step: int, gates: Tensor, may_open: Tensor) -> Float[Tensor, " setting"]:
+        if self.config.compact and self.bank is None and step % COMPACT_EVERY == 0:
+            self._fold(self.masks.of_nodes(may_open.any(0)))
+        gates = self.masks.of_nodes(gates)
+        batch, wanted = draw_all(self.settings, step, self.config.pairs_per_step)
+        drawn = self.bank.draw(*batch.ids.shape, seed=step) if self.bank is not None else None
+        # Folded matrices are too small to gain from bf16.
+        with autocast(self.student.device) if self.model is self.student else nullcontext():
+            logits = self.model(
+                batch.ids, tap=self.tap(gates, drawn), logits_to_keep=batch.last[:, None]
+            ).logits
+        difference = batch.logit_difference(logits)
+        task_loss = F.binary_cross_entropy_with_logits(difference, wanted, reduction="none")
+        return task_loss.unflatten(0, (len(self.settings), -1)).mean(1) + self.size_coefs * gates.sum(1)
+
+    def _fold(self, live: Bool[Tensor, " node"]) -> None:
+        if int(live.sum()) < COMPACT_BELOW * self.num_live:
+            self.model = CompactStudent(self.student, self.masks.live(live), self.masks.means)
+            self.tap, self.num_live = GateTap(self.masks, live), int(live.sum())
 
 
 def draw_all(
@@ -203,5 +298,6 @@ def draw_all(
     batches, wanted = zip(*(setting.draw(step, count) for setting in settings), strict=True)
     width = max(batch.ids.shape[1] for batch in batches)
     ids = [F.pad(batch.ids, (0, width - batch.ids.shape[1])) for batch in batches]
-    rest = (torch.cat([getattr(b, name) for b in batches]) for name in ("last", "answer", "distractor"))
+    names = ("last", "answer", "distractor", "cluster")
+    rest = (torch.cat([getattr(batch, name) for batch in batches]) for name in names)
     return TaskBatch(torch.cat(ids), *rest), torch.cat(wanted)

@@ -1,8 +1,8 @@
-"""From a node circuit to the smallest set of nodes and edges: edges are learned, then what is left over goes.
+"""From a mask to the smallest set of nodes and edges: what can be spared goes, one greedy pass for each.
 
-1. Nodes that the calibrated loss can spare are dropped, those of least tau first.
-2. Edges between the nodes left are learned as nodes were; the fewest that reach the goal are kept.
-3. Edges that can be spared are dropped, and nodes that then lead nowhere.
+1. Of the mask's open nodes, those are dropped that the calibrated loss can spare.
+2. Edges between the nodes left are learned as nodes were (`extractor.gates`), then dropped likewise.
+3. Nodes that then lead nowhere go.
 
 All on the selection prompts and towards the same goal as the search before, never on held-out prompts.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
@@ -19,131 +19,171 @@ from extractor.circuit import Calibration
 from extractor.compact import CompactStudent
 from extractor.config import Config
 from extractor.edges import EdgeGates
-from extractor.masks import HeavisideStep, Means, NodeMasks
+from extractor.gates import learn_gates
+from extractor.masks import Bank, Means, NodeMasks
 from extractor.sites import Node
-from extractor.smallest import Sizes, calibrate
+from extractor.smallest import Sizes, calibrated_losses, gate_gradient
 from extractor.student import Student
-from extractor.tasks import TaskBatch, two_way_loss
+from extractor.tasks import TaskBatch
 
-BLOCK = 16  # tried at once while dropping
+
+FEW = 16  # dropping fewer than a sixteenth at once is slower than to try parts one by one
 
 
 class RefineConfig(Config):
     """How a node circuit is made smaller."""
 
     enabled: bool = False
-    """Circuits get about half the size, in two to ten times the time."""
-    steps: int = Field(150, ge=1)
+    """Circuits get about half the size."""
+    steps: int = Field(80, ge=1)
     learning_rate: float = Field(0.03, gt=0)
     edge_coef: float = Field(1e-3, ge=0)
     """Nats of task loss that one edge is worth."""
 
 
-LossOf = Callable[[Bool[Tensor, " part"]], float]
+LossesOf = Callable[[Bool[Tensor, "set part"]], list[float]]
+GradientOf = Callable[[Bool[Tensor, " part"]], Float[Tensor, " part"]]
 
 
 def drop_spare(
-    kept: Bool[Tensor, " part"], order: Int[Tensor, " part"], loss_of: LossOf, goal: float
+    kept: Bool[Tensor, " part"], losses_of: LossesOf, gradient_of: GradientOf, goal: float
 ) -> Bool[Tensor, " part"]:
-    """Drop parts, in this order, as long as the loss stays at the goal: block by block, then by halves."""
+    """Drop parts as long as the loss stays at the goal.
+
+    First many at once, those of least first-order effect (minus the slope along their gate); then one by
+    one, in the order of what the loss is without each. Every part left was needed when it was tried.
+    """
     kept = kept.clone()
-
-    def attempt(block: list[int]) -> None:
-        without = kept.clone()
-        without[block] = False
-        if loss_of(without) <= goal:
-            kept[block] = False
-        elif len(block) > 1:
-            half = len(block) // 2
-            attempt(block[:half])
-            attempt(block[half:])
-
-    for block in order[kept[order]].split(BLOCK):
-        attempt(block.tolist())
+    while (count := int(kept.sum())) > 1:
+        effect = -gradient_of(kept)
+        order = torch.argsort(effect.masked_fill(~kept, torch.inf), stable=True)
+        dropped = _longest_prefix(kept, order[: count - 1], losses_of, goal)
+        kept[order[:dropped]] = False
+        if dropped <= count // FEW:
+            break
+    candidates = kept.nonzero()[:, 0]
+    while len(candidates):
+        without = torch.tensor(losses_of(_without_each(kept, candidates)), device=kept.device)
+        candidates = candidates[without <= goal][torch.argsort(without[without <= goal], stable=True)]
+        if not len(candidates):
+            break
+        dropped = max(1, _longest_prefix(kept, candidates, losses_of, goal))
+        kept[candidates[:dropped]] = False
+        candidates = candidates[dropped:]
     return kept
+
+
+def _without_each(kept: Tensor, parts: Tensor) -> Bool[Tensor, "set part"]:
+    sets = kept.repeat(len(parts), 1)
+    sets[torch.arange(len(parts), device=parts.device), parts] = False
+    return sets
+
+
+def _longest_prefix(kept: Tensor, order: Tensor, losses_of: LossesOf, goal: float) -> int:
+    """How many of the first parts can go together: the longest that reaches the goal of seven lengths, then
+    of the seven between it and the next."""
+    low, high = 0, len(order) + 1
+    rank = torch.full((len(kept),), len(order), device=kept.device)
+    rank[order] = torch.arange(len(order), device=kept.device)
+    while high - low > 1:
+        count = min(7, high - low - 1)
+        lengths = [low + (high - low) * (i + 1) // (count + 1) for i in range(count)]
+        sets = kept & (rank >= torch.tensor(lengths, device=kept.device)[:, None])
+        for length, loss in zip(reversed(lengths), reversed(losses_of(sets)), strict=True):
+            if loss <= goal:
+                low = length
+                break
+            high = length
+    return low
 
 
 def drop_spare_nodes(
     student: Student,
     masks: NodeMasks,
-    tau: Float[Tensor, " node"],
-    kept: Bool[Tensor, " node"],
-    prompts: TaskBatch,
+    tau: Float[Tensor, " part"],
     goal: float,
+    prompts: TaskBatch,
+    bank: Bank | None = None,
 ) -> Bool[Tensor, " node"]:
-    sizes = Sizes(student, masks, kept)
+    """The nodes that are needed, of those that the mask leaves open (all, where these do not reach the goal)."""
+    kept = tau > 0
+    sizes = Sizes(student, masks, masks.of_nodes(kept), bank)
+    if sizes.losses(masks.of_nodes(kept)[None], prompts)[0][0] > goal:
+        kept = torch.ones_like(kept)
+        sizes = Sizes(student, masks, masks.of_nodes(kept), bank)
 
-    def loss_of(nodes: Tensor) -> float:
-        ((loss, _),) = sizes.losses(nodes[None], prompts)
-        return loss
+    def losses_of(sets: Tensor) -> list[float]:
+        nonlocal sizes
+        live = masks.of_nodes(sets.any(0))
+        if bank is None and int(live.sum()) < 0.8 * sizes.model.num_nodes:
+            sizes = Sizes(student, masks, live)
+        return [loss for loss, _ in sizes.losses(masks.of_nodes(sets), prompts)]
 
-    return drop_spare(kept, torch.argsort(tau, stable=True), loss_of, goal)
+    def gradient_of(parts: Tensor) -> Tensor:
+        of_nodes = sizes.gradient(masks.of_nodes(parts), prompts)
+        return torch.zeros_like(tau).index_add(0, masks.part_of_node, of_nodes)
+
+    return masks.of_nodes(drop_spare(kept, losses_of, gradient_of, goal))
+
+
+Draw = Callable[[int, int], tuple[TaskBatch, Float[Tensor, " example"]]]
 
 
 def find_edges(
     model: CompactStudent,
     means: Means,
-    train: TaskBatch,
-    wanted: Float[Tensor, " example"],
+    draw: Draw,
     selection: TaskBatch,
     goal: float,
     config: RefineConfig,
     pairs_per_step: int,
 ) -> tuple[list[tuple[Node, Node]], Calibration]:
     """The edges that the task needs among those of a compact model, and the circuit's calibration."""
-    gates = EdgeGates(model, means)
-    everything = torch.ones(len(gates), dtype=torch.bool, device=model.device)
+    edges = EdgeGates(model, means)
+
+    def differences(gates: Tensor) -> Float[Tensor, "set example"]:
+        last = selection.last[:, None]
+        return torch.stack([selection.logit_difference(edges.logits(g, selection.ids, last)) for g in gates])
 
     @torch.no_grad()
-    def measure(kept: Tensor) -> tuple[float, Calibration]:
-        logits = gates.logits(kept.float(), selection.ids, selection.last[:, None])
-        difference = selection.logit_difference(logits)
-        calibration = calibrate(difference)
-        return two_way_loss(calibration(difference)).item(), calibration
+    def measure(sets: Tensor) -> list[tuple[float, Calibration]]:
+        return calibrated_losses(differences(sets.float()))
 
-    loss, calibration = measure(everything)
-    if not len(gates) or loss > goal:
-        return gates.pairs, calibration
-    tau = learn_edges(gates, train, wanted, config, pairs_per_step)
-    order = torch.argsort(tau, descending=True, stable=True)
-    low, high = 0, len(order)
-    while high - low > 1:
-        middle = (low + high) // 2
-        kept = torch.zeros_like(everything).index_fill(0, order[:middle], True)
-        low, high = (low, middle) if measure(kept)[0] <= goal else (middle, high)
-    kept = torch.zeros_like(everything).index_fill(0, order[:high], True)
-    kept = drop_spare(kept, order.flip(0), lambda some: measure(some)[0], goal)
-    pairs = [pair for pair, is_kept in zip(gates.pairs, kept.tolist(), strict=True) if is_kept]
-    return pairs, measure(kept)[1]
+    def losses_of(sets: Tensor) -> list[float]:
+        return [loss for loss, _ in measure(sets)]
+
+    def gradient_of(kept: Tensor) -> Tensor:
+        gates = kept.float()[None].requires_grad_()
+        return gate_gradient(gates, differences(gates))[0]
+
+    everything = torch.ones(len(edges), dtype=torch.bool, device=model.device)
+    ((loss, calibration),) = measure(everything[None])
+    if not len(edges) or loss > goal:
+        return edges.pairs, calibration
+    tau = learn_edges(edges, draw, config, pairs_per_step)
+    kept = tau > 0
+    if losses_of(kept[None])[0] > goal:
+        kept = everything
+    kept = drop_spare(kept, losses_of, gradient_of, goal)
+    pairs = [pair for pair, is_kept in zip(edges.pairs, kept.tolist(), strict=True) if is_kept]
+    return pairs, measure(kept[None])[0][1]
 
 
 def learn_edges(
-    gates: EdgeGates,
-    train: TaskBatch,
-    wanted: Float[Tensor, " example"],
-    config: RefineConfig,
-    pairs_per_step: int,
+    edges: EdgeGates, draw: Draw, config: RefineConfig, pairs_per_step: int
 ) -> Float[Tensor, " edge"]:
     """tau of every edge, by AdamW on task loss + edge_coef * edges open."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(gates), generator=generator).to(wanted.device)
-    tau = (0.5 + 0.3 * noise).clamp(-1, 1).requires_grad_()
-    optimizer = torch.optim.AdamW([tau], lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    half = len(train) // 2
-    for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (1 - step / config.steps)
-        pairs = torch.randperm(half, generator=generator)[:pairs_per_step].to(wanted.device)
-        batch = train.select(pairs)
-        open_ = HeavisideStep.apply(tau, 1.0)
-        difference = batch.logit_difference(gates.logits(open_, batch.ids, batch.last[:, None]))
-        loss = F.binary_cross_entropy_with_logits(difference, wanted[torch.cat([pairs, pairs + half])])
-        optimizer.zero_grad()
-        (loss + config.edge_coef * open_.sum()).backward()
-        torch.nn.utils.clip_grad_norm_([tau], 1.0)
-        optimizer.step()
-        tau.data.clamp_(-1, 1)
-    return tau.detach()
+    noise = torch.randn(len(edges), generator=torch.Generator().manual_seed(0)).to(edges.model.device)
+    tau = (0.5 + 0.3 * noise).clamp(-1, 1)[None]
+
+    def objective(step: int, gates: Tensor, may_open: Tensor) -> Float[Tensor, " 1"]:
+        batch, wanted = draw(step, pairs_per_step)
+        difference = batch.logit_difference(edges.logits(gates[0], batch.ids, batch.last[:, None]))
+        loss = F.binary_cross_entropy_with_logits(difference, wanted)
+        return loss[None] + config.edge_coef * gates.sum(1)
+
+    learn_gates(tau, objective, steps=config.steps, learning_rate=config.learning_rate)
+    return tau[0]
 
 
 def in_use(

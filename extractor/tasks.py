@@ -37,6 +37,13 @@ class TaskBatch:
     last: Int[Tensor, " example"]  # position of each prompt's last token
     answer: Int[Tensor, " example"]
     distractor: Int[Tensor, " example"]
+    cluster: Int[Tensor, " example"] | None = None
+    """What intervals resample together: the template; every pair by itself, where none is given."""
+
+    def __post_init__(self) -> None:
+        if self.cluster is None:
+            pairs = torch.arange(len(self) // 2, device=self.ids.device)
+            object.__setattr__(self, "cluster", pairs.repeat(2))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,7 +56,8 @@ class TaskBatch:
         examples = torch.cat([pairs, pairs + len(self) // 2])
         last = self.last[examples]
         ids = self.ids[examples, : int(last.max()) + 1]
-        return TaskBatch(ids, last, self.answer[examples], self.distractor[examples])
+        rest = (getattr(self, name)[examples] for name in ("answer", "distractor", "cluster"))
+        return TaskBatch(ids, last, *rest)
 
     def logit_difference(self, logits: Float[Tensor, "example seq vocab"]) -> Float[Tensor, " example"]:
         """Answer minus distractor at each prompt's last position; logits of all positions, or of that one."""
@@ -195,4 +203,5 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> T
         last=torch.tensor([len(row) - 1 for row in encoded]),
         answer=torch.cat([answer, distractor]),
         distractor=torch.cat([distractor, answer]),
+        cluster=torch.tensor([pair.template for pair in pairs]).repeat(2),
     )

@@ -11,10 +11,20 @@ from extractor.circuit import Calibration, Circuit, count_edges, edges_between, 
 from extractor.compact import CompactStudent
 from extractor.errors import InputError
 from extractor.faithfulness import bootstrap_interval, evaluate_circuit, random_nodes
-from extractor.masks import GateTap, HeavisideStep, NodeMasks, mean_activations
-from extractor.prune import PruneConfig, Setting, extract_circuit, learn_masks, wanted_probability
+from extractor.gates import HeavisideStep
+from extractor.masks import Bank, GateTap, NodeMasks, mean_activations, tied_queries
+from extractor.prune import (
+    PruneConfig,
+    Setting,
+    extract_circuit,
+    finish_circuit,
+    learn_masks,
+    search_masks,
+    task_settings,
+    wanted_probability,
+)
 from extractor.sites import Node, Recorder, node_addresses
-from extractor.smallest import calibrate
+from extractor.smallest import calibrate, calibrate_all
 from extractor.student import Student
 from extractor.tasks import TaskBatch, two_way_loss
 from tests.conftest import tiny_student_config
@@ -162,13 +172,13 @@ def test_a_planted_circuit_is_recovered_exactly(target: str) -> None:
 def planted_settings(student: Student, count: int) -> list[Setting]:
     train = planted_task(64, 0)
     wanted = wanted_probability(student, train, "student")
-    return [Setting(train, wanted, seed, size_coef=2.7e-3 * (1 + seed)) for seed in range(count)]
+    return [Setting(train, wanted, train, seed, size_coef=2.7e-3 * (1 + seed)) for seed in range(count)]
 
 
 def test_masks_learned_together_are_those_learned_alone() -> None:
     student = planted_student()
     means = mean_activations(student, planted_task(64, 0).ids)
-    config = PruneConfig(steps=60, pairs_per_step=16)
+    config = PruneConfig(steps=60, pairs_per_step=16, together=True)
     settings = planted_settings(student, 3)
     together = learn_masks(student, settings, means, config).tau
     for setting, tau in zip(settings, together, strict=True):
@@ -191,7 +201,12 @@ def test_folding_closed_nodes_away_changes_no_gate() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CompactStudent, "__init__", counted)
         small, whole = (
-            learn_masks(student, planted_settings(student, 2), means, PruneConfig(steps=100, compact=compact))
+            learn_masks(
+                student,
+                planted_settings(student, 2),
+                means,
+                PruneConfig(steps=100, compact=compact, together=True),
+            )
             for compact in (True, False)
         )
     assert len(sizes) >= 2  # it did shrink, more than once
@@ -233,6 +248,98 @@ def test_random_circuits_match_the_size_at_every_address(means) -> None:
     drawn = random_nodes(nodes, means, random.Random(0))
     assert sorted(node.address for node in drawn) == ["0.attn.q", "0.attn.q", "1.mlp.post_act"]
     assert len(set(drawn)) == 3
+
+
+@torch.no_grad()
+def test_calibrations_of_many_sets_are_those_of_each_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sets = torch.randn(12, 64, generator=generator) * torch.logspace(-2, 1.5, 12)[:, None]
+    sets[::3] = sets[::3].abs()  # all right: only the prior bounds the scale
+    together = calibrate_all(sets)
+    for own, calibration in zip(sets, together, strict=True):
+        (alone,) = calibrate_all(own[None])
+        assert alone == calibration
+        assert abs(math.log(alone.scale)) < 6
+        best = two_way_loss(alone(own.double())) + 0.01 * (math.log(alone.scale) ** 2 + alone.shift**2)
+        for scale, shift in ((1.05, 0.0), (0.95, 0.0), (1.0, 0.05), (1.0, -0.05)):
+            near = Calibration(alone.scale * scale, alone.shift + shift)
+            prior = 0.01 * (math.log(near.scale) ** 2 + near.shift**2)
+            assert two_way_loss(near(own.double())) + prior >= best
+
+
+# --- other ablations, tied queries ------------------------------------------------------------------------
+
+
+def test_resampled_nodes_carry_states_of_the_student(student, tokens) -> None:
+    recorder = Recorder(*node_addresses(2))
+    student(tokens, tap=recorder)
+    drawn = Bank(student, tokens, per_block=4).draw(3, 5, seed=1)
+    assert torch.equal(drawn["0.attn.q"], Bank(student, tokens, per_block=4).draw(3, 5, seed=1)["0.attn.q"])
+    states = {name: recorder[name].flatten(0, 1) for name in ("0.attn.q", "1.mlp.post_act")}
+    for row in range(3):
+        for column in range(5):
+            same = (states["0.attn.q"] - drawn["0.attn.q"][row, column]).abs().amax(1) < 1e-5
+            # all nodes of a token are drawn together
+            other = states["1.mlp.post_act"][same] - drawn["1.mlp.post_act"][row, column]
+            assert (other.abs().amax(1) < 1e-5).any()
+
+
+def test_a_circuit_under_resampling_is_the_student_where_it_keeps_all_nodes(student, tokens, means) -> None:
+    drawn = Bank(student, tokens).draw(*tokens.shape, seed=0)
+    everything = [Node(a, c) for a, mean in means.items() for c in range(len(mean))]
+    whole = student(tokens, tap=keep_nodes(everything, drawn)).logits
+    torch.testing.assert_close(whole, student(tokens).logits, atol=1e-5, rtol=1e-5)
+    recorder, tap = Recorder("1.mlp.post_act"), keep_nodes((), drawn)
+    student(tokens, tap=lambda address, x: recorder(address, tap(address, x)))
+    assert torch.equal(recorder["1.mlp.post_act"], drawn["1.mlp.post_act"])
+
+
+@pytest.mark.parametrize("ablation", ["zero", "resample"])
+def test_a_planted_circuit_is_recovered_under_other_ablations(ablation: str) -> None:
+    student = planted_student()
+    train, selection = planted_task(64, 0), planted_task(64, 1)
+    means = mean_activations(student, train.ids)
+    config = PruneConfig(steps=150, pairs_per_step=32, ablation=ablation)
+    bank = Bank(student, train.ids) if ablation == "resample" else None
+    if ablation == "zero":
+        means = {address: torch.zeros_like(mean) for address, mean in means.items()}
+    circuit = extract_circuit(student, "planted", train, selection, means, config, "none", bank=bank)
+    assert {str(node) for node in circuit.nodes} == PLANTED
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_tied_queries_open_and_close_with_their_keys(kv_heads: int) -> None:
+    student = Student(tiny_student_config(num_key_value_heads=kv_heads)).eval()
+    tokens = torch.randint(5, 97, (4, 6), generator=torch.Generator().manual_seed(0))
+    means = mean_activations(student, tokens)
+    part = NodeMasks(means, [0], tied=tied_queries(student.config, means)).part_of_node
+    first = 0
+    of_address = {}
+    for address, mean in means.items():
+        of_address[address] = part[first : first + len(mean)]
+        first += len(mean)
+    q, k = of_address["1.attn.q"].unflatten(0, (4, 8)), of_address["1.attn.k"].unflatten(0, (kv_heads, 8))
+    for head in range(4):
+        assert torch.equal(q[head], k[head // (4 // kv_heads)])
+    others = torch.cat([own for address, own in of_address.items() if not address.endswith((".q", ".k"))])
+    assert others.unique().numel() == others.numel()
+    assert torch.isin(others, q).sum() == 0
+    assert part.unique().tolist() == list(range(int(part.max()) + 1))
+
+
+def test_tied_circuits_keep_queries_and_keys_together() -> None:
+    student = planted_student()
+    train, selection = planted_task(64, 0), planted_task(64, 1)
+    means = mean_activations(student, train.ids)
+    config = PruneConfig(steps=150, pairs_per_step=32, tie_queries=True, seeds=(0, 1))
+    search = search_masks(student, task_settings(student, train, selection, config), means, config)
+    assert search.masks.tau.shape[1] == len(search.masks.part_of_node) - 12  # one part for q and k
+    for tau in search.masks.tau:
+        nodes = search.masks.nodes(search.masks.of_nodes(tau > 0))
+        queries, keys = ({n.channel for n in nodes if n.kind == kind} for kind in ("attn.q", "attn.k"))
+        assert queries == keys
+    circuit = finish_circuit(student, "planted", search, config, "none")
+    assert {str(node) for node in circuit.nodes} == PLANTED
 
 
 # --- files -----------------------------------------------------------------------------------------------

@@ -79,18 +79,23 @@ def test_a_circuit_runs_with_its_own_edges_only(student, tokens, tmp_path) -> No
     torch.testing.assert_close(circuit.compact(student, means)(tokens).logits, logits, atol=1e-5, rtol=1e-5)
 
 
-def test_what_can_be_spared_is_dropped() -> None:
+@pytest.mark.parametrize("slopes_help", [True, False])
+def test_what_can_be_spared_is_dropped(slopes_help: bool) -> None:
+    """Exactly what is needed is left, also where the first-order effects point the wrong way."""
     needed = torch.zeros(50, dtype=torch.bool).index_fill(0, torch.tensor([3, 4, 30, 49]), True)
     calls = []
 
-    def loss_of(kept: torch.Tensor) -> float:
-        calls.append(kept)
-        return float((needed & ~kept).sum())
+    def losses_of(sets: torch.Tensor) -> list[float]:
+        calls.append(len(sets))
+        return (needed & ~sets).sum(1).float().tolist()
 
-    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(drop_spare(torch.ones(50, dtype=torch.bool), order, loss_of, 0.5), needed)
-    assert len(calls) < 50
-    one_spared = drop_spare(torch.ones(50, dtype=torch.bool), order, loss_of, 1.0)
+    def gradient_of(kept: torch.Tensor) -> torch.Tensor:
+        return -(needed if slopes_help else ~needed).float()
+
+    everything = torch.ones(50, dtype=torch.bool)
+    assert torch.equal(drop_spare(everything, losses_of, gradient_of, 0.5), needed)
+    assert sum(calls) < (50 if slopes_help else 150)
+    one_spared = drop_spare(everything, losses_of, gradient_of, 1.0)
     assert one_spared.sum() == 3
     assert not (one_spared & ~needed).any()
 

@@ -1,0 +1,122 @@
+"""The dense model's own circuits, by the same search: what sparsity is worth (Gao et al. 2025, figure 2).
+
+The dense model is put into a student's form without a loss: as it is ("own basis"), and with its free bases
+turned ("rotated", `extractor.rotation`); neither is trained. All models get the same prompts, the same search
+(seeds and coefficients) and the same measure: the fewest edges at a held-out loss.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bridges.dense import DenseModel
+from bridges.warm_start import StudentShape, make_student
+from extractor.circuit import count_edges
+from extractor.errors import UsageError
+from extractor.masks import Bank, mean_activations
+from extractor.prune import PruneConfig, search_masks, task_settings
+from extractor.rotation import RotationConfig
+from extractor.size_curve import TARGET_LOSSES, geometric_mean, size_curve
+from extractor.student import Student
+from extractor.tasks import TaskBatch
+
+Prompts = Mapping[str, TaskBatch]  # by split
+
+
+def dense_views(dense: DenseModel, rotation: RotationConfig) -> dict[str, Student]:
+    """The dense model in a student's form: exact, at density 1."""
+    as_it_is = rotation.model_copy(update={"enabled": False})
+    turned = rotation.model_copy(update={"enabled": True})
+    return {
+        "dense, own basis": make_student(dense, StudentShape(), as_it_is)[0],
+        "dense, rotated": make_student(dense, StudentShape(), turned)[0],
+    }
+
+
+def compare_circuits(
+    models: Mapping[str, Student], prompts: Mapping[str, Prompts], text: Tensor, config: PruneConfig
+) -> dict[str, object]:
+    """Size against loss for every model and task, and geometric means of edges over the tasks.
+
+    Args:
+        prompts: by task, then split (train, selection, held_out).
+        text: blocks over which nodes' means are taken.
+    """
+    found: dict[str, dict[str, object]] = {}
+    for name, model in models.items():
+        model.requires_grad_(False).to(text.device)
+        means = mean_activations(model, text)
+        if config.ablation == "zero":
+            means = {address: torch.zeros_like(mean) for address, mean in means.items()}
+        bank = Bank(model, text) if config.ablation == "resample" else None
+        curves = {}
+        for task, own in tqdm(prompts.items(), desc=name):
+            settings = task_settings(model, own["train"], own["selection"], config)
+            search = search_masks(model, settings, means, config, bank)
+            curves[task] = size_curve(model, search, own["held_out"], bank)["targets"]
+        found[name] = {"edges_total": count_edges(model), "tasks": curves}
+    return {"models": found, "means": geometric_means(found)}
+
+
+def geometric_means(found: Mapping[str, Mapping[str, object]]) -> list[dict[str, object]]:
+    """Per target loss: every model's geometric mean of edges, over the tasks on which all models reach it."""
+    rows = []
+    for index, target in enumerate(TARGET_LOSSES):
+        at_target = {
+            name: {task: curve[index].get("edges") for task, curve in model["tasks"].items()}
+            for name, model in found.items()
+        }
+        every = next(iter(at_target.values()))
+        tasks = [task for task in every if all(edges[task] is not None for edges in at_target.values())]
+        row: dict[str, object] = {"target_loss": target, "tasks": tasks}
+        if tasks:
+            row["edges"] = {
+                name: geometric_mean([edges[task] for task in tasks]) for name, edges in at_target.items()
+            }
+        else:
+            row["edges"] = {"undefined": "there is no task on which all models reach this loss"}
+        rows.append(row)
+    return rows
+
+
+def comparison_table(comparison: Mapping[str, object]) -> str:
+    """The geometric means as a Markdown table, a row per target loss."""
+    names = list(comparison["models"])
+    head = ["| target loss, nats | tasks | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    rows = []
+    for row in comparison["means"]:
+        edges = row["edges"]
+        shown = ["-" if "undefined" in edges else f"{edges[name]:,.0f}" for name in names]
+        rows.append(f"| {row['target_loss']} | {len(row['tasks'])} | " + " | ".join(shown) + " |")
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def plot_comparison(comparison: Mapping[str, object], path: Path) -> None:
+    """Edges against target loss, one line per model (geometric mean over the tasks that all reach).
+
+    Raises:
+        UsageError: matplotlib is not installed, or there is nothing to show.
+    """
+    if not any(_points(comparison["means"], name) for name in comparison["models"]):
+        raise UsageError("nothing to plot: there is no task on which all models reach a target loss")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("a plot needs matplotlib; pip install 'sparsebridge[plot]'") from None
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in comparison["models"]:
+        points = _points(comparison["means"], name)
+        axes.plot([edges for edges, _ in points], [loss for _, loss in points], marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="edges (geometric mean over tasks)")
+    axes.set_ylabel("task loss, nats")
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _points(rows: Sequence[Mapping[str, object]], name: str) -> list[tuple[float, float]]:
+    defined = (row for row in rows if "undefined" not in row["edges"])
+    return [(row["edges"][name], row["target_loss"]) for row in defined]
