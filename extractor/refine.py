@@ -26,7 +26,6 @@ from extractor.smallest import Sizes, calibrated_losses, gate_gradient
 from extractor.student import Student
 from extractor.tasks import TaskBatch
 
-
 FEW = 16  # dropping fewer than a sixteenth at once is slower than to try parts one by one
 
 
@@ -105,7 +104,7 @@ def drop_spare_nodes(
     prompts: TaskBatch,
     bank: Bank | None = None,
 ) -> Bool[Tensor, " node"]:
-    """The nodes that are needed, of those that the mask leaves open (all, where these do not reach the goal)."""
+    """The nodes that are needed, of the open ones (of all, where the open ones do not reach the goal)."""
     kept = tau > 0
     sizes = Sizes(student, masks, masks.of_nodes(kept), bank)
     if sizes.losses(masks.of_nodes(kept)[None], prompts)[0][0] > goal:
