@@ -1,69 +1,99 @@
-"""Edits: circuit nodes moved towards their counterfactual, carried into the dense model.
+"""Edits: interventions on the student, carried into the dense model and kept as files.
 
-A node that a circuit reads at a site, "l.attn.act_in:c" or "l.mlp.act_in:c", is channel c of the student's
-normed stream there. Its change on a prompt, counterfactual minus presented, becomes a delta of the dense
-model's residual stream at that site (Gao et al. 2025, appendix A.4):
+An edit is the intervention, its crossings (`bridges.crossing`: site and directions of the dense stream per
+change), and with source `bridge` the encoders that tell the sparse activation without the student.
 
-    delta[t] = strength * sum over nodes c of (a_cf[t, c] - a[t, c]) * rho * rms_dense[t] * W_dec[:, c]
+    edit.json          intervention, crossings, source, hashes of all weights, limits and refusals, results
+    edit.safetensors   directions, encoders
 
-W_dec is the bridge's decoder and rho the ratio of mean stream RMS, sparse over dense: the node is read
-after the norm, the bridge lives before it. After the dense model's own norm this is the paper's delta.
-
-`choose_edit` picks site and nodes on training prompts, by the *indirect* effect: the same delta is taken
-out again before the final norm, because a late channel can be nothing but the answer's logit direction.
+`bridges.live` runs an edit on the Hugging Face model, `bridges.edit_adapter` makes a PEFT adapter of it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bridges.bridge import BridgeSet
+from bridges.crossing import Crossing, Rms, Source, cross, read_directions, reader_for
 from bridges.dense import DenseModel
+from bridges.reading import BridgeReader, ReadSettings
 from extractor.artifacts import SCHEMA_VERSION, read_json, replace_folder, write_json
-from extractor.circuit import Circuit
 from extractor.config import Config
 from extractor.errors import InputError
-from extractor.sites import Node, Recorder, Site
+from extractor.intervention import Change, Intervention, patch
+from extractor.sites import Node, Site
 from extractor.student import Student
-from extractor.tasks import TaskBatch
 
 
-class EditConfig(Config):
-    """How an edit is chosen and measured."""
+class EditLimits(Config):
+    """What an edit must meet to be applied without force."""
 
-    max_size: int = Field(8, ge=1)
-    """Most nodes of an edit."""
-    candidates: int = Field(16, ge=1)
-    """Nodes per site, best ranked first, among which the greedy search chooses."""
-    strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0)
-    """Strengths measured on held-out prompts; 1 is the counterfactual's own value."""
-    goal: float = Field(0.97, gt=0, le=1)
-    """Indirect flip rate on training prompts, at half or full strength, that ends the search."""
-    sites_tried: int = Field(2, ge=1)
-    """Sites at which nodes are searched for, most promising first."""
-    control_draws: int = Field(2, ge=1)
-    """Random node sets and random directions, whose flip rates are averaged."""
-    attribution_points: int = Field(3, ge=1)
-    """Steps of the path integral that ranks nodes."""
+    bridge_nmse: float = Field(0.5, gt=0)
+    """Largest decoder error of the bridge at an edit's sites, as a share of the dense stream's energy (with
+    source bridge also the encoder's)."""
+    bridge_kl: float = Field(0.5, gt=0)
+    """Largest KL to the dense model when it goes on from the decoded stream there, nats/token."""
+    off_target_kl: float = Field(0.02, gt=0)
+    """Largest KL to the unedited model on held-out text, nats/token."""
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """SHA-256 of the weights that an edit belongs to."""
+
+    dense_sha256: str = "none"
+    student_sha256: str = "none"
+    bridges_sha256: str = "none"
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Nodes at one site and the directions of the dense stream that they decode to."""
+    """An intervention and the directions of the dense stream that it moves."""
 
-    site: Site
-    nodes: tuple[Node, ...]
-    directions: Float[Tensor, "node d_dense"]  # rho * W_dec, one row per node
+    intervention: Intervention
+    crossings: tuple[Crossing, ...]
+    source: Source = "student"
+    reader: BridgeReader | None = None
+    hashes: Hashes = Hashes()
+    refusals: tuple[str, ...] = ()
+    """Limits that it does not meet; not empty only for an edit applied by force."""
+
+    @classmethod
+    def from_intervention(
+        cls,
+        intervention: Intervention,
+        student: Student,
+        bridges: BridgeSet,
+        *,
+        source: Source = "student",
+        rms: Rms = "token",
+        hashes: Hashes = Hashes(),  # noqa: B008  frozen
+    ) -> "Edit":
+        """Carry an intervention over.
+
+        Raises:
+            InputError: a node that cannot cross, with the reason; an intervention on another student.
+        """
+        if len({intervention.student_sha256, hashes.student_sha256} - {"none"}) > 1:
+            raise InputError(
+                f"the intervention belongs to a student with weights {intervention.student_sha256[:12]}, "
+                f"this one has {hashes.student_sha256[:12]}"
+            )
+        crossings = cross(intervention, student, bridges, source=source, rms=rms)
+        reader = reader_for(intervention, student, bridges, crossings) if source == "bridge" else None
+        return cls(intervention, crossings, source, reader, hashes)
 
     @classmethod
     def from_nodes(cls, nodes: Sequence[Node], site: Site, bridges: BridgeSet) -> "Edit":
-        """The nodes' decoder columns, scaled by the RMS ratio.
+        """A patch of nodes that are read at one site.
 
         Raises:
             InputError: a node that is not read at this site.
@@ -71,9 +101,46 @@ class Edit:
         wrong = [str(node) for node in nodes if node.address != site.read_address]
         if wrong:
             raise InputError(f"edit: {wrong[0]} is not read at {site} ({site.read_address})")
-        columns = [node.channel for node in nodes]
-        rows = bridges[site].decoder.weight.detach()[:, columns].T * bridges.rms_ratio(site)
-        return cls(site, tuple(nodes), rows)
+        intervention = patch(nodes)
+        rows = read_directions([node.channel for node in nodes], site, bridges)
+        rms = "token" if bridges.reads_are_normed else 1.0
+        crossing = Crossing(intervention.changes[0], site, "read", rows, rms, bridges.removes_mean)
+        return cls(intervention, (crossing,))
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where the dense stream is changed, in forward order."""
+        return tuple(sorted({crossing.site for crossing in self.crossings}, key=lambda site: site.index))
+
+    @property
+    def site(self) -> Site:
+        """The one site of the edit; an edit of several has none."""
+        (site,) = self.sites
+        return site
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes, change by change."""
+        return tuple(node for change in self.intervention.changes for node in change.nodes)
+
+    @property
+    def directions(self) -> Float[Tensor, "node d_dense"]:
+        return torch.cat([crossing.directions for crossing in self.crossings])
+
+    @property
+    def is_constant(self) -> bool:
+        """The same vectors are added at every token, so that biases can hold the edit."""
+        return all(crossing.is_constant for crossing in self.crossings)
+
+    def scaled(self, strength: float) -> "Edit":
+        """Every strength times this one."""
+
+        def scale(crossing: Crossing) -> Crossing:
+            change = replace(crossing.change, strength=crossing.change.strength * strength)
+            return replace(crossing, change=change)
+
+        crossings = tuple(map(scale, self.crossings))
+        return replace(self, intervention=self.intervention.scaled(strength), crossings=crossings)
 
     def delta(
         self,
@@ -81,7 +148,7 @@ class Edit:
         counterfactual: Float[Tensor, "batch seq d_sparse"],
         dense_rms: Float[Tensor, "batch seq 1"],
     ) -> Float[Tensor, "batch seq d_dense"]:
-        """The change of the dense stream at strength 1.
+        """What a patch of reads at one site adds to the dense stream at strength 1.
 
         `presented` and `counterfactual` are the student's activations at the site's read address.
         """
@@ -89,198 +156,114 @@ class Edit:
         change = (counterfactual - presented)[..., columns]
         return change @ self.directions * dense_rms
 
-    def save(self, folder: Path, facts: dict[str, object]) -> None:
-        """`edit.json` and `edit.safetensors`; `facts` names the models and holds the measurements."""
+    def save(self, folder: Path, facts: Mapping[str, object] = {}) -> None:  # noqa: B006  not changed
+        """`edit.json` and `edit.safetensors`; `facts` holds the task and the measurements."""
         header = {
             "schema_version": SCHEMA_VERSION,
-            "site": str(self.site),
+            "site": ", ".join(map(str, self.sites)),
             "nodes": [str(node) for node in self.nodes],
+            "intervention": self.intervention.as_json(),
+            "source": self.source,
+            "crossings": [crossing.as_json() for crossing in self.crossings],
+            "reader": self.reader.settings_json() if self.reader else None,
+            **vars(self.hashes),
+            "refusals": list(self.refusals),
             **facts,
         }
+        tensors = {f"directions.{i}": c.directions for i, c in enumerate(self.crossings)}
+        tensors |= {f"reader.{name}": t for name, t in (self.reader.tensors if self.reader else {}).items()}
 
         def write(target: Path) -> None:
-            tensors = {"directions": self.directions.cpu().contiguous()}
-            save_file(tensors, target / "edit.safetensors", metadata={"format": "pt"})
+            whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(whole, target / "edit.safetensors", metadata={"format": "pt"})
             write_json(target / "edit.json", header)
 
         replace_folder(folder, write)
 
     @classmethod
-    def load(cls, folder: Path, dense: DenseModel) -> "Edit":
+    def load(cls, folder: Path, dense: DenseModel, *, force: bool = False) -> "Edit":
         """Read an edit made for this dense checkpoint.
 
         Raises:
-            InputError: missing files, or another base checkpoint.
+            InputError: missing or damaged files, another base checkpoint, or limits that the edit did not
+                meet when it was made, unless `force`.
         """
         header = read_json(folder / "edit.json", "edit", "recipes/edit.py")
-        if header["dense_sha256"] != dense.sha256:
+        if header.get("dense_sha256") != dense.sha256:
             raise InputError(
                 f"edit '{folder}' was made for a dense checkpoint with weights "
-                f"{header['dense_sha256'][:12]}, this one has {dense.sha256[:12]}"
+                f"{str(header.get('dense_sha256'))[:12]}, this one has {dense.sha256[:12]}"
             )
-        directions = load_file(folder / "edit.safetensors")["directions"].to(dense.device)
-        nodes = tuple(map(Node.parse, header["nodes"]))
-        return cls(Site.parse(header["site"]), nodes, directions)
+        try:
+            tensors = load_file(folder / "edit.safetensors", device=str(dense.device))
+            edit = _from_files(header, tensors)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"edit '{folder}' is damaged ({error!r}); make it again") from None
+        refuse(edit.refusals, f"edit '{folder}'", force)
+        return edit
 
 
-class PromptStreams:
-    """One pass of both models over a batch of prompts, from which every edit on it is measured."""
-
-    @torch.no_grad()
-    def __init__(self, dense: DenseModel, student: Student, bridges: BridgeSet, batch: TaskBatch):
-        self.dense, self.batch = dense, batch
-        run = dense.run(batch.ids)
-        self.resid = run.resid
-        self.unedited = batch.logit_difference(run.logits)
-        recorder = Recorder(*(site.read_address for site in bridges.sites))
-        student(batch.ids, tap=recorder)
-        self.presented = recorder.activations
-        self.dense_rms = {site: bridges.read_scale(resid) for site, resid in run.resid.items()}
-
-    def delta(self, edit: Edit) -> Float[Tensor, "example seq d_dense"]:
-        presented = self.presented[edit.site.read_address]
-        counterfactual = self.batch.counterfactual(presented)
-        return edit.delta(presented, counterfactual, self.dense_rms[edit.site])
-
-    def difference(self, site: Site, delta: Tensor, *, indirect: bool) -> Float[Tensor, " example"]:
-        """Answer minus distractor of the dense model with `delta` added at `site`."""
-        removed = delta if indirect else None
-        logits = self.dense.run_from(site, self.resid[site] + delta, removed=removed)
-        return self.batch.logit_difference(logits)
-
-    @torch.no_grad()
-    def flip_rate(self, site: Site, delta: Tensor, *, indirect: bool) -> float:
-        """Share of the prompts answered right without the edit whose answer the edit flips."""
-        right = self.unedited > 0
-        flipped = right & (self.difference(site, delta, indirect=indirect) < 0)
-        return flipped.sum().item() / max(1, int(right.sum()))
+def add_facts(folder: Path, facts: Mapping[str, object]) -> None:
+    """Write more facts into the `edit.json` of a saved edit."""
+    header = read_json(folder / "edit.json", "edit", "recipes/edit.py")
+    write_json(folder / "edit.json", {**header, **facts})
 
 
-def choose_edit(
-    streams: PromptStreams, circuit: Circuit, bridges: BridgeSet, config: EditConfig
-) -> Edit | None:
-    """The smallest edit that reaches the goal on training prompts by its indirect effect.
+def _from_files(header: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:
+    intervention = Intervention.from_json(header["intervention"])
+    parts = [part for change in intervention.changes for part in change.by_address()]
+    settings = header["reader"]
+    crossings = tuple(
+        _crossing(change, value, tensors[f"directions.{i}"])
+        for i, (change, value) in enumerate(zip(parts, header["crossings"], strict=True))
+    )
+    prefix = "reader."
+    of_reader = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    return Edit(
+        intervention,
+        crossings,
+        header["source"],
+        BridgeReader(ReadSettings(**settings), of_reader) if settings else None,
+        Hashes(*(header[name] for name in vars(Hashes()))),
+        tuple(header["refusals"]),
+    )
 
-    Sites are tried in the order of what all the circuit's nodes there can do together; at each, nodes
-    are added greedily until the goal or the largest size is reached. None: the circuit reads nothing.
+
+def _crossing(change: Change, value: dict[str, Any], directions: Tensor) -> Crossing:
+    return Crossing(
+        change, Site.parse(value["site"]), value["via"], directions, value["rms"], value["removes_mean"]
+    )
+
+
+def unmet_limits(
+    edit: Edit,
+    limits: EditLimits,
+    bridges: Mapping[str, Mapping[str, float]],
+    off_target_kl: float | None = None,
+) -> tuple[str, ...]:
+    """Why this edit must not be applied without force; empty: it may.
+
+    Args:
+        bridges: the figures of `evaluate_bridges` by site, as in a run's evaluation.json.
+        off_target_kl: nats/token on held-out text; None: not measured, or the edit has no meaning there.
     """
-    at_sites: list[tuple[float, Edit]] = []
-    for site in bridges.sites:
-        nodes = [node for node in circuit.nodes if node.address == site.read_address]
-        if nodes:
-            everything = Edit.from_nodes(sorted_nodes(nodes), site, bridges)
-            at_sites.append((sum(_training_rates(streams, everything, config)), everything))
-    at_sites.sort(key=lambda scored: -scored[0])
-    best: tuple[tuple[bool, int, float], Edit] | None = None
-    for _, everything in at_sites[: config.sites_tried]:
-        edit, rates = _grow(streams, everything, bridges, config)
-        reached = max(rates) >= config.goal
-        score = (reached, -len(edit.nodes) if reached else 0, sum(rates))
-        if best is None or score > best[0]:
-            best = (score, edit)
-    return best[1] if best else None
+    checked = [("nmse_decode", limits.bridge_nmse), ("kl_sparse_to_dense", limits.bridge_kl)]
+    if edit.source == "bridge":
+        checked.append(("nmse_encode", limits.bridge_nmse))
+    found = []
+    for site in edit.sites:
+        for name, limit in checked:
+            measured = bridges.get(str(site), {}).get(name)
+            if measured is None:
+                found.append(f"the bridge at {site} was not evaluated ({name})")
+            elif not measured <= limit:  # a NaN is refused, too
+                found.append(f"the bridge at {site} has {name} {measured:.3g}, the limit is {limit:g}")
+    if off_target_kl is not None and not off_target_kl <= limits.off_target_kl:
+        found.append(f"off-target KL {off_target_kl:.3g} nats/token, the limit is {limits.off_target_kl:g}")
+    return tuple(found)
 
 
-def _training_rates(streams: PromptStreams, edit: Edit, config: EditConfig) -> list[float]:
-    """Indirect flip rates at half and at full strength."""
-    delta, top = streams.delta(edit), max(config.strengths)
-    return [streams.flip_rate(edit.site, s * delta, indirect=True) for s in (top / 2, top)]
-
-
-@torch.no_grad()
-def _grow(
-    streams: PromptStreams, everything: Edit, bridges: BridgeSet, config: EditConfig
-) -> tuple[Edit, list[float]]:
-    """Add the node that moves the answers furthest, until the goal or the largest size."""
-    site, top = everything.site, max(config.strengths)
-    left = rank_nodes(streams, everything, config)[: config.candidates]
-    chosen: list[Node] = []
-    edit, rates = everything, [0.0]
-    while left and len(chosen) < config.max_size:
-
-        def answered(node: Node) -> float:
-            """Mean probability of the right answer, at full strength and by the indirect effect."""
-            delta = streams.delta(Edit.from_nodes([*chosen, node], site, bridges))
-            return streams.difference(site, top * delta, indirect=True).sigmoid().mean().item()
-
-        chosen.append(min(left, key=answered))
-        left.remove(chosen[-1])
-        edit = Edit.from_nodes(chosen, site, bridges)
-        rates = _training_rates(streams, edit, config)
-        if max(rates) >= config.goal:
-            break
-    return edit, rates
-
-
-@torch.enable_grad()
-def rank_nodes(streams: PromptStreams, edit: Edit, config: EditConfig) -> list[Node]:
-    """Nodes by how far each moves the answer, integrated along the path to all of them moved.
-
-    The gradient of the indirect logit difference at points between no edit and the full one; each
-    node's share is its part of the delta times that gradient.
-    """
-    full = streams.delta(edit)
-    presented = streams.presented[edit.site.read_address]
-    change = streams.batch.counterfactual(presented) - presented
-    change = change[..., [node.channel for node in edit.nodes]] * streams.dense_rms[edit.site]
-    effect = torch.zeros(len(edit.nodes), device=full.device)
-    for point in range(config.attribution_points):
-        delta = ((point + 0.5) / config.attribution_points * full).requires_grad_()
-        total = streams.difference(edit.site, delta, indirect=True).sum()
-        (gradient,) = torch.autograd.grad(total, delta)
-        effect += ((gradient @ edit.directions.T) * change).sum((0, 1))
-    order = torch.argsort(effect, stable=True).tolist()  # most negative first: towards the flip
-    return [edit.nodes[index] for index in order]
-
-
-def measure_edit(
-    streams: PromptStreams, edit: Edit, bridges: BridgeSet, config: EditConfig, seed: int
-) -> dict[str, object]:
-    """Flip rates over strengths: total, indirect, and the two controls by their indirect effect."""
-    generator = torch.Generator().manual_seed(seed)
-    delta = streams.delta(edit)
-    random_nodes = [
-        streams.delta(_random_node_edit(edit, bridges, generator)) for _ in range(config.control_draws)
-    ]
-    random_directions = [_random_direction(delta, generator) for _ in range(config.control_draws)]
-
-    def rates(deltas: Sequence[Tensor], indirect: bool) -> list[float]:
-        return [
-            sum(streams.flip_rate(edit.site, s * d, indirect=indirect) for d in deltas) / len(deltas)
-            for s in config.strengths
-        ]
-
-    inside = torch.arange(delta.shape[1], device=delta.device) <= streams.batch.last[:, None]
-    norms = (delta.norm(dim=-1) * inside).sum() / inside.sum()
-    resid_norms = (bridges.centred(streams.resid[edit.site]).norm(dim=-1) * inside).sum() / inside.sum()
-    return {
-        "size": len(edit.nodes),
-        "strengths": list(config.strengths),
-        "flip_rate": rates([delta], indirect=False),
-        "flip_rate_indirect": rates([delta], indirect=True),
-        "control_random_node": rates(random_nodes, indirect=True),
-        "control_random_direction": rates(random_directions, indirect=True),
-        "control_draws": config.control_draws,
-        "delta_norm_ratio": (norms / resid_norms).item(),
-        "num_prompts": len(streams.batch),
-        "num_right_before": int((streams.unedited > 0).sum()),
-    }
-
-
-def _random_node_edit(edit: Edit, bridges: BridgeSet, generator: torch.Generator) -> Edit:
-    """As many other nodes of the same site, drawn from all its channels."""
-    width = bridges[edit.site].decoder.in_features
-    taken = {node.channel for node in edit.nodes}
-    free = [c for c in torch.randperm(width, generator=generator).tolist() if c not in taken]
-    nodes = [Node(edit.site.read_address, channel) for channel in free[: len(edit.nodes)]]
-    return Edit.from_nodes(nodes, edit.site, bridges)
-
-
-def _random_direction(delta: Tensor, generator: torch.Generator) -> Tensor:
-    """One random direction, at every token with the norm that the edit has there."""
-    direction = torch.randn(delta.shape[-1], generator=generator).to(delta)
-    return delta.norm(dim=-1, keepdim=True) * direction / direction.norm()
-
-
-def sorted_nodes(nodes: Sequence[Node]) -> list[Node]:
-    return sorted(nodes, key=lambda node: node.sort_key)
+def refuse(reasons: Sequence[str], what: str, force: bool) -> None:
+    """Raises InputError with the reasons, if there are any and it is not forced."""
+    if reasons and not force:
+        raise InputError(f"{what} is refused: {'; '.join(reasons)}; force true applies it all the same")

@@ -229,6 +229,19 @@ def strength_rows(edit: Any) -> list[list[str]]:
     ]
 
 
+def checks_line(circuit: Any, passed: bool) -> str:
+    """The checks behind a circuit's verdict that passed, or that did not, with what was measured."""
+    own = [check for check in _listed(at(circuit, "verdict", "reasons")) if at(check, "passed") is passed]
+    if passed:
+        return f"{len(own)} of {len(_listed(at(circuit, 'verdict', 'reasons')))}"
+    shown = (
+        f"{as_text(at(check, 'name'))}: {number(at(check, 'value'))}, "
+        f"{as_text(at(check, 'relation'))} {number(at(check, 'limit'))}"
+        for check in own
+    )
+    return "; ".join(shown) or "none"
+
+
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
@@ -323,8 +336,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     functions = (
-        *(at, best_index, circuit_svg, difference, entries, flatten, interval, node_rows, reason),
-        *(strength_curve, strength_rows, summary_rows, task_names, undefined_values, verdict),
+        *(at, best_index, checks_line, circuit_svg, difference, entries, flatten, interval, node_rows),
+        *(reason, strength_curve, strength_rows, summary_rows, task_names, undefined_values, verdict),
     )
     names = cast(dict[str, Any], environment.globals)
     names |= {function.__name__: function for function in functions}

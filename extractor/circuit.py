@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import networkx as nx
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from extractor.artifacts import SCHEMA_VERSION, read_json, write_json
+from extractor.circuit_graph import Comparison, compare, to_networkx
 from extractor.compact import CompactStudent
 from extractor.edges import EdgeGates
 from extractor.errors import InputError
@@ -98,6 +100,14 @@ class Circuit:
         }
         compact.save(folder, facts)
         return difference
+
+    def to_networkx(self, **options: bool) -> nx.DiGraph:
+        """The circuit as a graph; options as `extractor.circuit_graph.to_networkx`."""
+        return to_networkx(self, **options)
+
+    def compare(self, other: "Circuit") -> Comparison:
+        """Shared nodes and edges, and what only one of the two has."""
+        return compare(self, other)
 
     def save(self, path: Path) -> None:
         write_json(

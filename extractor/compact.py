@@ -103,20 +103,23 @@ class CompactStudent(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         logits_to_keep: int | Tensor = 0,
         *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         tap: Tap = no_tap,
     ) -> CausalLMOutputWithPast:
-        """Next-token logits of the student as this circuit, on whole prompts from position 0.
+        """Next-token logits of the student as this circuit, on whole prompts (from position 0, unless given).
 
         Args:
             tap: called with the kept channels of every address whose sublayer has a kept write.
-            logits_to_keep: as that of `Student.forward`.
+            logits_to_keep, attention_mask, position_ids: as those of `Student.forward`.
         """
-        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         base = self.embed_tokens(input_ids)
         if self.embed_positions is not None:
             base = base + self.embed_positions(position_ids)
         rest_squares = self._rest_squares(base)
-        contexts = layer_contexts(self.config, self.rotary, base, None, position_ids, None)
+        contexts = layer_contexts(self.config, self.rotary, base, attention_mask, position_ids, None)
         frozen = self.frozen_writes[:, self.stream]
         resid = base[..., self.stream]
         for index, layer in enumerate(self.layers):

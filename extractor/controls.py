@@ -102,19 +102,33 @@ def search_outcome(
     seed: int,
     bank: Bank | None,
 ) -> dict[str, object]:
-    """One seed's search towards the labels, and its circuit's held-out loss."""
+    """One seed's search towards the labels: how well what it finds does on its own prompts, and held out.
+
+    Where no circuit reaches the target, what is measured is the mask itself: the nodes it left open.
+    """
     config = config.model_copy(
         update={"target": "answer", "seeds": (seed,), "size_coefs": config.size_coefs[:1]}
     )
     settings = task_settings(student, prompts["train"], prompts["selection"], config)
     search = search_masks(student, settings, means, config, bank)
-    nodes = search.nodes(search.best)
-    calibration = search.found[search.best].calibration
-    calibrated = calibration(differences(student, prompts["held_out"], keep_nodes(nodes, means)))
+    found = search.found[0]
+    is_found = found.goal is not None
+    kept = found.kept if is_found else found.tau > 0
+    nodes = search.masks.nodes(search.masks.of_nodes(kept))
+    tap = keep_nodes(nodes, means)
+    calibration = calibrate(differences(student, prompts["selection"], tap))
+    losses = {
+        split: two_way_loss(calibration(differences(student, own, tap))).item()
+        for split, own in prompts.items()
+    }
+    held_out = calibration(differences(student, prompts["held_out"], tap))
     return {
         "nodes": len(nodes),
-        "loss": two_way_loss(calibrated).item(),
-        "accuracy": accuracy(calibrated),
+        "reached_target": is_found,
+        "train_loss": losses["train"],
+        "selection_loss": losses["selection"],
+        "loss": losses["held_out"],
+        "accuracy": accuracy(held_out),
     }
 
 

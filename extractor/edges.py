@@ -11,8 +11,9 @@ found first. Gao et al. 2025 learn nodes alone and count edges; learned edges ar
 Weights that join the same two nodes (gate and up; query heads of one group) open and close together.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -73,9 +74,13 @@ class EdgeGates:
             parameters[f"{join.name}.bias"] = module.bias + (module.weight - kept) @ join.source_means
         return parameters
 
+    def run(self, gates: Float[Tensor, " edge"]) -> Callable[..., Any]:
+        """The model with the edges as far open as their gates; called as a student is."""
+        parameters = self.weights(gates)
+        return lambda *args, **kwargs: functional_call(self.model, parameters, args, kwargs)
+
     def logits(self, gates: Float[Tensor, " edge"], ids: Tensor, logits_to_keep: Tensor) -> Tensor:
-        kwargs = {"logits_to_keep": logits_to_keep}
-        return functional_call(self.model, self.weights(gates), (ids,), kwargs).logits
+        return self.run(gates)(ids, logits_to_keep=logits_to_keep).logits
 
     @torch.no_grad()
     def close_(self, kept: Collection[tuple[Node, Node]]) -> CompactStudent:

@@ -133,7 +133,7 @@ def causal_attention(
     if mask is None:
         mask = _causal(q.shape[2], k.shape[2], q.device)
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(dim=-1) @ v
+    return scores.softmax(dim=-1).nan_to_num(0) @ v  # a row of padding sees nothing
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -6,12 +6,15 @@
    cannot, so the student's own behaviour is the default target. Nodes that cannot open again in the steps
    left are folded away: the model shrinks as the circuit does.
 2. Rank nodes by tau; search the smallest k whose calibrated loss reaches `target_loss` on selection prompts,
-   whose templates and contents the mask was not learned on. Held-out prompts are never looked at here.
+   whose templates and contents the mask was not learned on, and as many training prompts. Held-out prompts
+   are never looked at here.
 3. Drop what can be spared, and learn the edges between the nodes left (`extractor.refine`).
 
 (Gao et al. 2025, section 2.2 and appendix A.5.)
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,7 +33,8 @@ from extractor.config import Config
 from extractor.gates import learn_gates
 from extractor.machine import autocast
 from extractor.masks import Bank, GateTap, Means, NodeMasks, tied_queries
-from extractor.refine import RefineConfig, drop_spare_nodes, find_edges, in_use
+from extractor.packed import pack
+from extractor.refine import RefineConfig, drop_spare_nodes, find_edges, in_use, needed_without_edges
 from extractor.sites import Node
 from extractor.smallest import smallest_circuit
 from extractor.student import Student
@@ -68,7 +72,8 @@ class PruneConfig(Config):
     """Of the sigmoid whose slope stands in for the step's."""
     train_pairs: int = Field(192, ge=8)
     selection_pairs: int = Field(64, ge=8)
-    """Pairs of other templates and contents, on which size, edges and calibration are chosen."""
+    """Pairs of other templates and contents, on which (and on as many training pairs) size, edges and
+    calibration are chosen."""
     seeds: tuple[int, ...] = (0,)
     """One mask per seed and coefficient: this is the search's whole budget (the paper's: 256 runs). The
     smallest circuit that reaches the target is kept."""
@@ -106,7 +111,7 @@ class Found:
     tau: Float[Tensor, " part"]
     kept: Bool[Tensor, " part"]
     calibration: Calibration
-    goal: float  # the loss on selection prompts that they reach
+    goal: float | None  # the loss that they reach where sizes are chosen; None: the student does not either
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,8 @@ class Search:
         return self.masks.nodes(self.masks.of_nodes(self.found[index].kept))
 
     def _merit(self, index: int) -> tuple[float, int]:
-        return self.found[index].goal, len(self.nodes(index))
+        goal = self.found[index].goal
+        return math.inf if goal is None else goal, len(self.nodes(index))
 
 
 def extract_circuit(
@@ -159,7 +165,13 @@ def extract_circuit(
 def task_settings(
     student: Student, train: TaskBatch, selection: TaskBatch, config: PruneConfig
 ) -> list[Setting]:
-    """One setting per seed and coefficient."""
+    """One setting per seed and coefficient.
+
+    Sizes are chosen on the selection prompts and as many training ones: on few templates alone, a circuit
+    can do without what the next template needs.
+    """
+    count = min(len(selection), len(train)) // 2
+    selection = selection.join(train.select(torch.arange(count, device=train.ids.device)))
     wanted = wanted_probability(student, train, config.target)
     budget = product(config.seeds, config.size_coefs)
     return [Setting(train, wanted, selection, seed, size_coef) for seed, size_coef in budget]
@@ -191,11 +203,15 @@ def finish_circuit(
     """The best mask's circuit: without what it can spare, and with its edges learned."""
     masks, setting, found = search.masks, search.settings[search.best], search.found[search.best]
     kept, calibration = masks.of_nodes(found.kept), found.calibration
-    if config.refine.enabled:
-        kept = drop_spare_nodes(student, masks, found.tau, found.goal, setting.selection, bank)
+    is_refined = config.refine.enabled and found.goal is not None
+    if is_refined:
+        # More open nodes than the search kept: which of them can go is better seen than ranked.
+        kept = drop_spare_nodes(
+            student, masks, found.kept | (found.tau > 0), found.goal, setting.selection, bank
+        )
     nodes = masks.nodes(kept)
     edges = edges_between(student, nodes)
-    if config.refine.enabled:
+    if is_refined:
         model = CompactStudent(student, masks.live(kept), masks.means)
         pairs, calibration = find_edges(
             model,
@@ -206,7 +222,8 @@ def finish_circuit(
             config.refine,
             config.pairs_per_step,
         )
-        nodes, pairs = in_use(nodes, pairs)
+        needed = needed_without_edges(student, nodes, pairs, masks.means, setting.selection, found.goal)
+        nodes, pairs = in_use(nodes, pairs, needed)
         wanted_pairs = set(pairs)
         edges = tuple(edge for edge in edges if (edge.source, edge.target) in wanted_pairs)
     return Circuit(
@@ -214,7 +231,7 @@ def finish_circuit(
         nodes=nodes,
         edges=edges,
         student_sha256=student_sha256,
-        settings=config.model_dump(mode="json") | {"selection_loss_reached": found.goal},
+        settings=config.model_dump(mode="json") | {"reached_loss": found.goal, "refined": is_refined},
         calibration=calibration,
     )
 
@@ -275,15 +292,14 @@ class MaskObjective:
             self._fold(self.masks.of_nodes(may_open.any(0)))
         gates = self.masks.of_nodes(gates)
         batch, wanted = draw_all(self.settings, step, self.config.pairs_per_step)
-        drawn = self.bank.draw(*batch.ids.shape, seed=step) if self.bank is not None else None
+        packed = pack(batch, self.student.config)
+        drawn = self.bank.draw(*packed.shape, seed=step) if self.bank is not None else None
         # Folded matrices are too small to gain from bf16.
         with autocast(self.student.device) if self.model is self.student else nullcontext():
-            logits = self.model(
-                batch.ids, tap=self.tap(gates, drawn), logits_to_keep=batch.last[:, None]
-            ).logits
-        difference = batch.logit_difference(logits)
+            (difference,) = packed.differences(self.model, self.tap(gates, drawn))
         task_loss = F.binary_cross_entropy_with_logits(difference, wanted, reduction="none")
-        return task_loss.unflatten(0, (len(self.settings), -1)).mean(1) + self.size_coefs * gates.sum(1)
+        by_setting = task_loss.unflatten(0, (2, len(self.settings), -1)).mean((0, 2))
+        return by_setting + self.size_coefs * gates.sum(1)
 
     def _fold(self, live: Bool[Tensor, " node"]) -> None:
         if int(live.sum()) < COMPACT_BELOW * self.num_live:
@@ -294,10 +310,7 @@ class MaskObjective:
 def draw_all(
     settings: Sequence[Setting], step: int, count: int
 ) -> tuple[TaskBatch, Float[Tensor, " example"]]:
-    """The settings' prompts of a step, one after the other, padded to the longest."""
+    """The settings' pairs of a step, one setting after the other, and what is wanted of them."""
     batches, wanted = zip(*(setting.draw(step, count) for setting in settings), strict=True)
-    width = max(batch.ids.shape[1] for batch in batches)
-    ids = [F.pad(batch.ids, (0, width - batch.ids.shape[1])) for batch in batches]
-    names = ("last", "answer", "distractor", "cluster")
-    rest = (torch.cat([getattr(batch, name) for batch in batches]) for name in names)
-    return TaskBatch(torch.cat(ids), *rest), torch.cat(wanted)
+    batch = functools.reduce(TaskBatch.join, batches)
+    return batch, torch.stack(wanted).unflatten(1, (2, -1)).transpose(0, 1).flatten()

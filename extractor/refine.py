@@ -20,7 +20,8 @@ from extractor.compact import CompactStudent
 from extractor.config import Config
 from extractor.edges import EdgeGates
 from extractor.gates import learn_gates
-from extractor.masks import Bank, Means, NodeMasks
+from extractor.masks import Bank, Means, NodeMasks, live_channels
+from extractor.packed import Chunks, pack
 from extractor.sites import Node
 from extractor.smallest import Sizes, calibrated_losses, gate_gradient
 from extractor.student import Student
@@ -99,28 +100,24 @@ def _longest_prefix(kept: Tensor, order: Tensor, losses_of: LossesOf, goal: floa
 def drop_spare_nodes(
     student: Student,
     masks: NodeMasks,
-    tau: Float[Tensor, " part"],
+    kept: Bool[Tensor, " part"],
     goal: float,
     prompts: TaskBatch,
     bank: Bank | None = None,
 ) -> Bool[Tensor, " node"]:
-    """The nodes that are needed, of the open ones (of all, where the open ones do not reach the goal)."""
-    kept = tau > 0
+    """The parts that are needed, of those that reach the goal."""
     sizes = Sizes(student, masks, masks.of_nodes(kept), bank)
-    if sizes.losses(masks.of_nodes(kept)[None], prompts)[0][0] > goal:
-        kept = torch.ones_like(kept)
-        sizes = Sizes(student, masks, masks.of_nodes(kept), bank)
 
     def losses_of(sets: Tensor) -> list[float]:
-        nonlocal sizes
-        live = masks.of_nodes(sets.any(0))
-        if bank is None and int(live.sum()) < 0.8 * sizes.model.num_nodes:
-            sizes = Sizes(student, masks, live)
         return [loss for loss, _ in sizes.losses(masks.of_nodes(sets), prompts)]
 
     def gradient_of(parts: Tensor) -> Tensor:
+        nonlocal sizes
+        live = masks.of_nodes(parts)
+        if bank is None and int(live.sum()) < 0.8 * sizes.model.num_nodes:
+            sizes = Sizes(student, masks, live)
         of_nodes = sizes.gradient(masks.of_nodes(parts), prompts)
-        return torch.zeros_like(tau).index_add(0, masks.part_of_node, of_nodes)
+        return torch.zeros_like(masks.tau[0]).index_add(0, masks.part_of_node, of_nodes)
 
     return masks.of_nodes(drop_spare(kept, losses_of, gradient_of, goal))
 
@@ -140,9 +137,10 @@ def find_edges(
     """The edges that the task needs among those of a compact model, and the circuit's calibration."""
     edges = EdgeGates(model, means)
 
+    chunks = Chunks(selection, model.config)
+
     def differences(gates: Tensor) -> Float[Tensor, "set example"]:
-        last = selection.last[:, None]
-        return torch.stack([selection.logit_difference(edges.logits(g, selection.ids, last)) for g in gates])
+        return torch.cat([chunks.differences(edges.run(own)) for own in gates])
 
     @torch.no_grad()
     def measure(sets: Tensor) -> list[tuple[float, Calibration]]:
@@ -177,7 +175,7 @@ def learn_edges(
 
     def objective(step: int, gates: Tensor, may_open: Tensor) -> Float[Tensor, " 1"]:
         batch, wanted = draw(step, pairs_per_step)
-        difference = batch.logit_difference(edges.logits(gates[0], batch.ids, batch.last[:, None]))
+        (difference,) = pack(batch, edges.model.config).differences(edges.run(gates[0]))
         loss = F.binary_cross_entropy_with_logits(difference, wanted)
         return loss[None] + config.edge_coef * gates.sum(1)
 
@@ -186,13 +184,40 @@ def learn_edges(
 
 
 def in_use(
-    nodes: frozenset[Node], edges: list[tuple[Node, Node]]
+    nodes: frozenset[Node], edges: list[tuple[Node, Node]], needed: frozenset[Node] = frozenset()
 ) -> tuple[frozenset[Node], list[tuple[Node, Node]]]:
-    """Nodes and edges without those that lead nowhere: reads, values and neurons that no edge leaves."""
+    """Nodes and edges without those that lead nowhere: reads, values and neurons that no edge leaves, unless
+    they are `needed` all the same."""
     ends = ("attn.q", "attn.k", "attn.resid_delta", "mlp.resid_delta")  # what acts without a weight of ours
     while True:
-        leaving = {source for source, _ in edges}
+        leaving = {source for source, _ in edges} | needed
         kept = frozenset(node for node in nodes if node in leaving or node.kind in ends)
         if kept == nodes:
             return nodes, edges
         nodes, edges = kept, [(source, target) for source, target in edges if target in kept]
+
+
+@torch.no_grad()
+def needed_without_edges(
+    student: Student,
+    nodes: frozenset[Node],
+    edges: list[tuple[Node, Node]],
+    means: Means,
+    prompts: TaskBatch,
+    goal: float,
+) -> frozenset[Node]:
+    """Nodes that no edge leaves and that the task needs: what they write into closed nodes is ranked
+    (AbsTopK) or normalised (q/k norms, post-norms) together with open ones."""
+
+    def reaches_goal(some: frozenset[Node]) -> bool:
+        model = EdgeGates(CompactStudent(student, live_channels(some), means), means).close_(edges)
+        logits = model(prompts.ids, logits_to_keep=prompts.last[:, None]).logits
+        return calibrated_losses(prompts.logit_difference(logits)[None])[0][0] <= goal
+
+    used = in_use(nodes, edges)[0]
+    if reaches_goal(used):
+        return frozenset()
+    for node in sorted(nodes - used, key=lambda node: node.sort_key):
+        if reaches_goal(nodes - {node}):
+            nodes = nodes - {node}
+    return nodes - used

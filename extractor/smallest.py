@@ -1,5 +1,6 @@
 """The fewest top-ranked nodes that reach a loss, and the calibration of a circuit's logit difference."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from extractor.circuit import Calibration, sides
 from extractor.compact import CompactStudent
 from extractor.masks import Bank, GateTap, NodeMasks
+from extractor.packed import Chunks, join
 from extractor.student import Student
 from extractor.tasks import TaskBatch, two_way_loss
 
@@ -36,14 +38,17 @@ class Sizes:
     def differences(
         self, gates: Float[Tensor, "set node"], prompts: TaskBatch
     ) -> Float[Tensor, "set example"]:
-        """Logit differences under every set's gates."""
+        """Logit differences under every set's gates: clean prompts (shortest first), then corrupted ones."""
+        chunks = Chunks(prompts, self.model.config)
+        tokens = sum(math.prod(part.shape) for part in chunks.parts)
         found = []
-        for some in gates.split(max(1, TOKENS_PER_PASS // prompts.ids.numel())):
-            ids, last = prompts.ids.repeat(len(some), 1), prompts.last.repeat(len(some))
-            drawn = self.bank.draw(*prompts.ids.shape, seed=0).repeat(len(some)) if self.bank else None
-            logits = self.model(ids, logits_to_keep=last[:, None], tap=self.tap(some, drawn)).logits
-            found += [prompts.logit_difference(own) for own in logits.unflatten(0, (len(some), -1))]
-        return torch.stack(found)
+        for some in gates.split(max(1, TOKENS_PER_PASS // tokens)):
+            parts = []
+            for index, part in enumerate(chunks.parts):
+                drawn = self.bank.draw(*part.shape, seed=index).repeat(len(some)) if self.bank else None
+                parts.append(part.differences(self.model, self.tap(some, drawn), times=len(some)))
+            found.append(join(parts))
+        return torch.cat(found)
 
     @torch.no_grad()
     def losses(self, kept: Bool[Tensor, "set node"], prompts: TaskBatch) -> list[tuple[float, Calibration]]:
@@ -74,32 +79,38 @@ def smallest_circuit(
     goal: float,
     target_loss: float,
     bank: Bank | None = None,
-) -> tuple[Bool[Tensor, " part"], Calibration, float]:
+) -> tuple[Bool[Tensor, " part"], Calibration, float | None]:
     """The fewest parts of largest tau (ties by index) whose calibrated loss is at most the goal.
 
     A grid of sizes is tried in one pass, then a finer one below the smallest that reached the goal. Where the
     open parts do not reach it, the goal is `target_loss`; where they do not reach that either, closed ones
-    are added, at last all. The goal that was reached is returned last.
+    are added, at last all. The goal that was reached is returned last; None where the student itself is above
+    it: then all parts are kept.
     """
     order = torch.argsort(tau, descending=True, stable=True)
     rank = torch.argsort(order)
 
-    def measure(sizes: Sizes, kept: Tensor) -> list[tuple[float, Calibration]]:
+    def measure(kept: Tensor) -> list[tuple[float, Calibration]]:
         return sizes.losses(masks.of_nodes(kept), prompts)
 
     low, high = 0, int((tau > 0).sum()) or 1
     sizes = Sizes(student, masks, masks.of_nodes(rank < high), bank)
-    ((loss, calibration),) = measure(sizes, (rank < high)[None])
+    ((loss, calibration),) = measure((rank < high)[None])
     goal = goal if loss <= goal else target_loss
+    if loss > goal:
+        everything = Sizes(student, masks, masks.of_nodes(rank < len(order)), bank)
+        ((whole, own),) = everything.losses(masks.of_nodes(rank < len(order))[None], prompts)
+        if whole > goal:  # the student itself does not do the task
+            return rank < len(order), own, None
     while loss > goal and high < len(order):
         low, high = high, min(2 * high, len(order))
         sizes = Sizes(student, masks, masks.of_nodes(rank < high), bank)
-        ((loss, calibration),) = measure(sizes, (rank < high)[None])
+        ((loss, calibration),) = measure((rank < high)[None])
     while high - low > 1:
         count = min(SETS_PER_SEARCH, high - low - 1)
         grid = torch.tensor([low + (high - low) * (i + 1) // (count + 1) for i in range(count)])
         kept = rank < grid[:, None].to(rank.device)
-        for size, (loss, own) in zip(grid.tolist(), measure(sizes, kept), strict=True):
+        for size, (loss, own) in zip(grid.tolist(), measure(kept), strict=True):
             if loss <= goal:
                 high, calibration = size, own
                 break

@@ -59,6 +59,20 @@ class TaskBatch:
         rest = (getattr(self, name)[examples] for name in ("answer", "distractor", "cluster"))
         return TaskBatch(ids, last, *rest)
 
+    def join(self, other: "TaskBatch") -> "TaskBatch":
+        """The pairs of both; their clusters stay apart."""
+        width = max(self.ids.shape[1], other.ids.shape[1])
+        fields = []
+        for name in ("ids", "last", "answer", "distractor", "cluster"):
+            parts = [getattr(self, name), getattr(other, name)]
+            if name == "ids":
+                parts = [F.pad(ids, (0, width - ids.shape[1])) for ids in parts]
+            if name == "cluster":
+                parts[1] = parts[1] + int(parts[0].max()) + 1
+            (clean, corrupted), (clean2, corrupted2) = (part.chunk(2) for part in parts)
+            fields.append(torch.cat([clean, clean2, corrupted, corrupted2]))
+        return TaskBatch(*fields)
+
     def logit_difference(self, logits: Float[Tensor, "example seq vocab"]) -> Float[Tensor, " example"]:
         """Answer minus distractor at each prompt's last position; logits of all positions, or of that one."""
         where = self.last if logits.shape[1] > 1 else torch.zeros_like(self.last)

@@ -234,8 +234,6 @@ def edit_holds(limits: Thresholds, edit: dict[str, Any]) -> bool:
 
 
 NOT_DONE = (
-    ("untrained student as a control", "not part of this recipe yet"),
-    ("nonsense tasks as a control", "not part of this recipe yet"),
     ("stability over mask seeds", "one seed per circuit unless prune.seeds lists more"),
     ("off-target effect of edits", "an edit of this form needs a counterfactual prompt to exist"),
 )

@@ -1,27 +1,49 @@
-"""Student -> task circuits, with sufficiency, necessity and random controls on held-out prompts.
+"""Student -> task circuits, with evidence on held-out prompts, controls, and a verdict for each.
 
     accelerate launch recipes/extract.py --config recipes/python/extract.yaml --tasks "[with_as, if_equals]"
 
-Reads student/ of a run folder, writes circuits/<task>.json. With several processes the tasks are shared out.
+Reads student/ of a run folder. Writes thresholds.json before anything is looked for, then
+circuits/<task>.json, circuits/<task>/ (what each node means, graphs) and circuits.md (the table).
+With several processes the tasks are shared out.
 """
 
 import dataclasses
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import Field
 from tqdm.auto import tqdm
 
-from extractor.artifacts import fingerprint, update_manifest
+from bridges.checkpoint import DenseConfig, check_same_tokenizer
+from bridges.dense import DenseModel
+from bridges.dense_circuits import compare_circuits, comparison_table, dense_views, plot_comparison
+from extractor.artifacts import SCHEMA_VERSION, fingerprint, update_manifest, write_json
 from extractor.circuit import Circuit
+from extractor.circuit_scores import PeersConfig, compare_peers
+from extractor.circuit_table import circuit_table, put_table
 from extractor.config import Config, run_recipe
+from extractor.controls import (
+    ControlsConfig,
+    nonsense_controls,
+    other_task_controls,
+    seed_controls,
+    shuffled_control,
+)
 from extractor.data import DataConfig, load_blocks
-from extractor.faithfulness import evaluate_circuit
+from extractor.evidence import EvidenceConfig, gather_evidence
 from extractor.machine import fast_fp32, start_processes, use_all_cores
-from extractor.masks import Means, mean_activations
-from extractor.prune import PruneConfig, extract_circuit
+from extractor.masks import Bank, Means, mean_activations
+from extractor.meaning import describe_nodes
+from extractor.neuronpedia import neuronpedia_graph
+from extractor.prune import PruneConfig, Search, finish_circuit, search_masks, task_settings
+from extractor.rotation import RotationConfig
+from extractor.size_curve import size_curve
 from extractor.student import Student, load_student
-from extractor.tasks import Pair, encode_pairs, make_pairs, refuse_unknown_tasks, task_label
+from extractor.tasks import Pair, TaskBatch, encode_pairs, make_pairs, refuse_unknown_tasks, task_label
+from extractor.verdict import Thresholds, judge
 
 
 class ExtractConfig(Config):
@@ -42,11 +64,50 @@ class ExtractConfig(Config):
     """Training blocks over which nodes' means are taken."""
     prune: PruneConfig = PruneConfig()
     held_out_pairs: int = Field(64, ge=2)
-    random_circuits: int = Field(5, ge=0)
-    """Random circuits of the same size at every address, as a control."""
+    evidence: EvidenceConfig = EvidenceConfig()
+    controls: ControlsConfig = ControlsConfig()
+    thresholds: Thresholds = Thresholds()
+    """What a circuit must reach for its verdict; fixed in the run folder before the first mask is learned."""
+    peers: PeersConfig = PeersConfig()
+    curve: bool = False
+    """Also measure size against loss, from the masks at hand."""
+    describe: bool = False
+    """Also describe every node (contexts, effects, weights, labels) and write graphs for other tools."""
+    describe_blocks: int = Field(64, ge=2)
+    """Held-out blocks in which nodes' contexts are looked for."""
     export: bool = False
-    """Also write each circuit as a small dense model of its own: circuits/<task>/."""
+    """Also write each circuit as a small dense model of its own: circuits/<task>/model/."""
+    compare_dense: bool = False
+    """Also look for the dense model's own circuits, with the same search: circuits-dense.json, .md, .svg."""
+    dense: DenseConfig = DenseConfig()
+    rotation: RotationConfig = RotationConfig()
+    table: Path | None = None
+    """A Markdown file whose lines between `<!-- circuits -->` and `<!-- /circuits -->` become the table."""
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class TaskPrompts:
+    """A task's prompts by split: to learn masks on, to choose sizes on, and held-out ones; no template or
+    content is in two."""
+
+    pairs: dict[str, list[Pair]]
+    batches: dict[str, TaskBatch]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The student, and what its ablated nodes carry."""
+
+    student: Student
+    tokenizer: object
+    sha256: str
+    text: torch.Tensor  # training blocks
+    held_out_text: torch.Tensor
+    means: Means  # over the text; what evidence is measured with
+    frozen: Means  # what closed nodes carry while a circuit is looked for: the means, or zeros
+    bank: Bank
+    resampled: Bank | None  # the bank, where a circuit is looked for under resample ablation
 
 
 def main(config: ExtractConfig) -> None:
@@ -54,90 +115,196 @@ def main(config: ExtractConfig) -> None:
     fast_fp32()
     state = start_processes()
     refuse_unknown_tasks(config.tasks)
-    student, tokenizer = load_student(config.run / "student", state.device)
-    student_sha256 = fingerprint(config.run / "student")
-    pairs = {task: prompts_of(task, tokenizer, student, config) for task in config.tasks}
-    text = load_blocks(
-        config.data, tokenizer, "train", max_tokens=config.mean_blocks * config.data.context_length
-    )
-    means = mean_activations(student, text.first(config.mean_blocks))
+    subject, text_digest = load_subject(config, state.device)
+    prompts = {task_label(task): prompts_of(task, subject, config) for task in config.tasks}
+    if state.is_main_process:
+        config.thresholds.fix(config.run / "thresholds.json")
+    folder = config.run / "circuits"
     mine = config.tasks[state.process_index :: state.num_processes]
-    for task in (bar := tqdm(mine, desc="extract", disable=not state.is_main_process)):
+    for name in (bar := tqdm(mine, desc="extract", disable=not state.is_main_process)):
         started = time.monotonic()
-        circuit = find_circuit(student, tokenizer, task, pairs[task], means, config, student_sha256)
-        task = circuit.task
-        circuit.save(config.run / "circuits" / f"{task}.json")
-        if config.export:
-            folder = config.run / "circuits" / task
-            difference = circuit.export(folder, student, means, text.first(8).to(student.device))
-            bar.write(f"{task}: '{folder}', at most {difference:.1e} in a logit from the masked student")
-        found = circuit.evidence
-        bar.write(
-            f"{task}: {found['nodes']} nodes, {found['edges']} edges, held-out loss "
-            f"{found['loss']:.3f}, accuracy {found['accuracy']:.0%}, without the circuit "
-            f"{found['accuracy_without']:.0%} ({time.monotonic() - started:.0f} s)"
-        )
+        circuit = find_circuit(subject, name, prompts, config)
+        circuit.save(folder / f"{circuit.task}.json")
+        write_extras(subject, circuit, prompts[circuit.task], folder / circuit.task, config)
+        bar.write(f"{one_line(circuit)} ({time.monotonic() - started:.0f} s)")
     state.wait_for_everyone()
     if state.is_main_process:
-        folder = config.run / "circuits"
-        tasks = [task_label(task) for task in config.tasks]
-        exports = [folder / task for task in tasks if config.export]
-        update_manifest(
-            config.run,
-            "extract",
-            inputs={"student": {"sha256": student_sha256}, "train_text_sha256": text.digest},
-            outputs=[folder / f"{task}.json" for task in tasks] + exports,
-            config=config.model_dump(mode="json"),
-        )
+        write_summary(config, list(prompts), subject, text_digest)
+        if config.compare_dense:
+            compare_with_dense(config, subject, prompts)
 
 
-def prompts_of(task: str, tokenizer, student: Student, config: ExtractConfig) -> dict[str, list[Pair]]:
-    """Prompts to learn masks on, to choose sizes on, and held-out ones; no template or content in two."""
+def load_subject(config: ExtractConfig, device: torch.device) -> tuple[Subject, str]:
+    """The run's student and its means; and the digest of the training text."""
+    student, tokenizer = load_student(config.run / "student", device)
+    student.requires_grad_(False)
+    length = config.data.context_length
+    train = load_blocks(config.data, tokenizer, "train", max_tokens=config.mean_blocks * length)
+    text = train.first(config.mean_blocks).to(device)
+    held_out = text[:0]
+    if config.describe:
+        # many more than are read, so that they come from many files
+        blocks = load_blocks(config.data, tokenizer, "held_out", max_tokens=2048 * length)
+        held_out = blocks.batch(step=0, size=config.describe_blocks, seed=config.seed)
+    means, bank = mean_activations(student, text), Bank(student, text)
+    frozen = means
+    if config.prune.ablation == "zero":
+        frozen = {address: torch.zeros_like(mean) for address, mean in means.items()}
+    resampled = bank if config.prune.ablation == "resample" else None
+    sha256 = fingerprint(config.run / "student")
+    return Subject(student, tokenizer, sha256, text, held_out, means, frozen, bank, resampled), train.digest
+
+
+def prompts_of(task: str, subject: Subject, config: ExtractConfig) -> TaskPrompts:
     counts = {
         "train": config.prune.train_pairs,
         "selection": config.prune.selection_pairs,
         "held_out": config.held_out_pairs,
     }
-    limit = student.config.max_position_embeddings
-    return {
+    limit = subject.student.config.max_position_embeddings
+    tokenizer = subject.tokenizer
+    pairs = {
         split: make_pairs(task, tokenizer, split=split, count=count, seed=config.seed, max_tokens=limit)
         for split, count in counts.items()
     }
+    device = subject.student.device
+    batches = {split: encode_pairs(own, tokenizer).to(device) for split, own in pairs.items()}
+    return TaskPrompts(pairs, batches)
 
 
 def find_circuit(
-    student: Student,
-    tokenizer,
-    task: str,
-    pairs: dict[str, list[Pair]],
-    means: Means,
-    config: ExtractConfig,
-    student_sha256: str,
+    subject: Subject, name: str, prompts: Mapping[str, TaskPrompts], config: ExtractConfig
 ) -> Circuit:
-    """Extract one circuit and add its held-out evidence."""
-    prompts = {split: encode_pairs(own, tokenizer).to(student.device) for split, own in pairs.items()}
-    circuit = extract_circuit(
-        student,
-        task_label(task),
-        prompts["train"],
-        prompts["selection"],
-        means,
-        config.prune,
-        student_sha256,
-    )
-    evidence = evaluate_circuit(
+    """One task's circuit with its evidence, its controls and the verdict that follows."""
+    task, student = task_label(name), subject.student
+    own = prompts[task].batches
+    settings = task_settings(student, own["train"], own["selection"], config.prune)
+    search = search_masks(student, settings, subject.frozen, config.prune, subject.resampled)
+    circuit = finish_circuit(student, task, search, config.prune, subject.sha256, bank=subject.resampled)
+    evidence = gather_evidence(
         student,
         circuit,
-        prompts["held_out"],
-        means,
-        num_random=config.random_circuits,
-        seed=config.seed,
+        own["selection"],
+        own["held_out"],
+        subject.means,
+        subject.bank,
+        config.evidence,
     )
-    example = pairs["held_out"][0]
+    others = {other: its.batches["held_out"] for other, its in prompts.items() if other != task}
+    controls = run_controls(subject, circuit, search, prompts[task], others, config)
+    evidence["controls"] = controls
+    evidence["verdict"] = judge(evidence, controls, config.thresholds).as_json()
+    if config.curve:
+        evidence["size_curve"] = size_curve(student, search, own["held_out"], subject.resampled)
+    if config.peers.enabled:
+        evidence["peers"] = compare_peers(
+            student,
+            own["train"],
+            own["held_out"],
+            subject.means,
+            circuit,
+            config.peers,
+            target_loss=config.prune.target_loss,
+            tau=search.masks.of_nodes(search.found[search.best].tau),
+        )
+    example = prompts[task].pairs["held_out"][0]
     evidence["example"] = {
         key: getattr(example, key) for key in ("clean", "corrupted", "answer", "distractor")
     }
-    return dataclasses.replace(circuit, evidence=evidence, settings=circuit.settings | {"prompts": task})
+    return dataclasses.replace(circuit, evidence=evidence, settings=circuit.settings | {"prompts": name})
+
+
+def run_controls(
+    subject: Subject,
+    circuit: Circuit,
+    search: Search,
+    prompts: TaskPrompts,
+    others: Mapping[str, TaskBatch],
+    config: ExtractConfig,
+) -> dict[str, object]:
+    """Every control that is asked for."""
+    wanted, student = config.controls, subject.student
+    controls: dict[str, object] = {"seeds": seed_controls(search, circuit)}
+    if wanted.nonsense:
+        controls["nonsense"] = nonsense_controls(
+            student,
+            prompts.pairs,
+            subject.tokenizer,
+            subject.frozen,
+            config.prune,
+            wanted.nonsense,
+            bank=subject.resampled,
+        )
+    if wanted.shuffled:
+        controls["shuffled"] = shuffled_control(student, prompts.batches, subject.text, config.prune)
+    if wanted.other_tasks and others:
+        controls["other_tasks"] = other_task_controls(student, circuit, others, subject.means)
+    return controls
+
+
+def write_extras(
+    subject: Subject, circuit: Circuit, prompts: TaskPrompts, folder: Path, config: ExtractConfig
+) -> None:
+    """What is asked for beside the circuit's own file."""
+    student = subject.student
+    if config.export:
+        ids = subject.text[:8]
+        circuit.export(folder / "model", student, subject.frozen, ids)
+    if config.describe:
+        nodes = describe_nodes(
+            student,
+            subject.tokenizer,
+            circuit,
+            subject.frozen,
+            subject.held_out_text,
+            prompts.batches["held_out"],
+            config.seed,
+        )
+        write_json(folder / "nodes.json", {"schema_version": SCHEMA_VERSION, "nodes": nodes})
+        graph = neuronpedia_graph(circuit, student, subject.tokenizer, subject.frozen)
+        write_json(folder / "neuronpedia.json", graph)
+
+
+def one_line(circuit: Circuit) -> str:
+    found = circuit.evidence
+    return (
+        f"{circuit.task}: {found['nodes']} nodes, {found['edges']} edges, held-out loss "
+        f"{found['loss']:.3f}, accuracy {found['accuracy']:.0%}, without the circuit "
+        f"{found['accuracy_without']:.0%}: {found['verdict']['word']}"
+    )
+
+
+def write_summary(config: ExtractConfig, tasks: list[str], subject: Subject, text_digest: str) -> None:
+    """The table of this run's circuits, and the manifest."""
+    folder = config.run / "circuits"
+    table = circuit_table([Circuit.load(folder / f"{task}.json") for task in tasks])
+    (config.run / "circuits.md").write_text(table, encoding="utf-8")
+    if config.table is not None:
+        put_table(config.table, table)
+    extras = [folder / task for task in tasks if (folder / task).is_dir()]
+    update_manifest(
+        config.run,
+        "extract",
+        inputs={"student": {"sha256": subject.sha256}, "train_text_sha256": text_digest},
+        outputs=[config.run / "thresholds.json", *(folder / f"{task}.json" for task in tasks), *extras],
+        config=config.model_dump(mode="json"),
+    )
+
+
+def compare_with_dense(config: ExtractConfig, subject: Subject, prompts: Mapping[str, TaskPrompts]) -> None:
+    """The same search on the dense model, in its own basis and turned, and on the student."""
+    dense = DenseModel.from_pretrained(config.dense, device=subject.student.device, plain=True)
+    check_same_tokenizer(subject.tokenizer, str(config.run / "student"), dense.tokenizer, dense.name)
+    models = dense_views(dense, config.rotation) | {"student": subject.student}
+    batches = {task: own.batches for task, own in prompts.items()}
+    comparison = compare_circuits(models, batches, subject.text, config.prune)
+    value = {"schema_version": SCHEMA_VERSION, "dense_sha256": dense.sha256, **comparison}
+    write_json(config.run / "circuits-dense.json", value | {"student_sha256": subject.sha256})
+    table = comparison_table(comparison)
+    (config.run / "circuits-dense.md").write_text(table, encoding="utf-8")
+    tqdm.write(table)
+    if any(row["tasks"] for row in comparison["means"]):
+        plot_comparison(comparison, config.run / "circuits-dense.svg")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,24 @@
 """Coupled training losses and edits: oracles with an exact bridge."""
 
+import json
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bridges.bridge import BridgeSet
+from bridges.choose import EditConfig, PromptStreams, choose_edit, measure_edit
 from bridges.coupled import CoupledModel, LossConfig
 from bridges.dense import DenseModel
-from bridges.edit import Edit, EditConfig, PromptStreams, choose_edit, measure_edit
+from bridges.edit import Edit, EditLimits, Hashes, add_facts, unmet_limits
 from bridges.evaluate import measure_energies_
+from bridges.live import LiveEdit
 from bridges.losses import kl_divergence, log_probs, normalised_mse
 from bridges.warm_start import StudentShape, make_student
 from extractor.circuit import Circuit
 from extractor.errors import InputError
+from extractor.intervention import Condition, clamp, steer
 from extractor.rotation import RotationConfig
 from extractor.sites import Node, Recorder, Site
 from extractor.tasks import TaskBatch
@@ -62,7 +69,7 @@ def test_an_edit_is_the_intervention_seen_through_an_exact_bridge(dense, pair, p
         only = only * stream.square().mean(-1, keepdim=True).sqrt()
         moved = stream + bridge.encode(bridges.centred(bridge.decode(only)))
         expected = prompts.logit_difference(student(prompts.ids, start=site, resid=moved).logits)
-        measured = streams.difference(site, delta, indirect=False)
+        measured = streams.differences(site, delta)[0]
         torch.testing.assert_close(measured, expected, atol=2e-4, rtol=1e-3)
 
 
@@ -110,16 +117,96 @@ def test_nodes_of_another_site_are_refused(pair) -> None:
         Edit.from_nodes([Node("0.attn.act_in", 3)], Site(1, "resid_mid"), bridges)
 
 
-def test_edit_round_trips_and_refuses_another_base(dense, pair, tmp_path) -> None:
-    _, bridges = pair
-    edit = Edit.from_nodes([Node("1.mlp.act_in", 3), Node("1.mlp.act_in", 9)], Site(1, "resid_mid"), bridges)
-    edit.save(tmp_path / "e", {"dense_sha256": dense.sha256})
+@pytest.mark.parametrize("source", ["student", "bridge"])
+def test_edit_round_trips_and_refuses_another_base(dense, pair, tokens, tmp_path, source) -> None:
+    """What is loaded adds the same deltas, whatever the edit is made of."""
+    student, bridges = pair
+    condition = Condition(Node("0.attn.act_in", 7), ">", 0.1)
+    intervention = (
+        clamp([Node("1.mlp.act_in", 3), Node("0.attn.act_in", 9)], [2.0, -1.0], positions="last")
+        + steer([Node("0.mlp.resid_delta", 2)], [0.7], condition=condition, strength=1.5)
+        + clamp([Node("0.mlp.post_act", 5)], [3.0])
+    )
+    hashes = Hashes(dense_sha256=dense.sha256, student_sha256="s", bridges_sha256="b")
+    edit = Edit.from_intervention(intervention, student, bridges, source=source, hashes=hashes)
+    edit.save(tmp_path / "e", {"task": "t"})
     loaded = Edit.load(tmp_path / "e", dense)
-    assert (loaded.site, loaded.nodes) == (edit.site, edit.nodes)
+    assert (loaded.intervention, loaded.sites, loaded.hashes) == (intervention, edit.sites, hashes)
+    assert [str(site) for site in loaded.sites] == ["0.resid_pre", "1.resid_pre", "1.resid_mid"]
     assert torch.equal(loaded.directions, edit.directions)
+    logits = []
+    for one in (edit, loaded):
+        with torch.no_grad(), LiveEdit(one, dense, student).applied() as model:
+            logits.append(model(tokens, use_cache=False).logits)
+    assert torch.equal(*logits)
+    header = json.loads((tmp_path / "e" / "edit.json").read_text())
+    assert (header["schema_version"], header["source"], header["task"]) == (1, source, "t")
     dense.sha256 = "another"
     with pytest.raises(InputError, match="another"):
         Edit.load(tmp_path / "e", dense)
+
+
+def test_a_patch_at_one_site_keeps_the_names_that_reports_read(dense, pair, tmp_path) -> None:
+    _, bridges = pair
+    nodes = [Node("1.mlp.act_in", 3), Node("1.mlp.act_in", 9)]
+    edit = Edit.from_nodes(nodes, Site(1, "resid_mid"), bridges)
+    replace(edit, hashes=Hashes(dense.sha256)).save(tmp_path / "e")
+    header = json.loads((tmp_path / "e" / "edit.json").read_text())
+    assert (header["site"], header["nodes"]) == ("1.resid_mid", ["1.mlp.act_in:3", "1.mlp.act_in:9"])
+    loaded = Edit.load(tmp_path / "e", dense)
+    assert (loaded.site, loaded.nodes) == (edit.site, edit.nodes)
+    assert torch.equal(loaded.directions, edit.directions)
+
+
+def test_an_edit_that_misses_a_limit_is_refused_and_says_so_when_forced(dense, pair, tmp_path) -> None:
+    student, bridges = pair
+    node = Node("1.mlp.act_in", 3)
+    hashes = Hashes(dense.sha256)
+    edit = Edit.from_intervention(steer([node], [1.0]), student, bridges, hashes=hashes)
+    limits = EditLimits(bridge_nmse=0.3, bridge_kl=0.2, off_target_kl=0.02)
+    good = {"nmse_decode": 0.29, "nmse_encode": 0.31, "kl_sparse_to_dense": 0.2}
+    facts = {"1.resid_mid": good}
+    assert unmet_limits(edit, limits, facts, 0.02) == ()
+    by_bridge = Edit.from_intervention(steer([node], [1.0]), student, bridges, source="bridge")
+    assert "nmse_encode 0.31, the limit is 0.3" in unmet_limits(by_bridge, limits, facts)[0]
+    for bad, kl, message in (
+        ({"1.resid_mid": good | {"nmse_decode": 0.4}}, None, "nmse_decode 0.4, the limit is 0.3"),
+        ({"1.resid_mid": good | {"kl_sparse_to_dense": math.nan}}, None, "kl_sparse_to_dense nan"),
+        ({"0.resid_mid": good}, None, "the bridge at 1.resid_mid was not evaluated"),
+        (facts, 0.03, "off-target KL 0.03 nats/token, the limit is 0.02"),
+        (facts, math.nan, "off-target KL nan"),
+    ):
+        assert message in unmet_limits(edit, limits, bad, kl)[0]
+    replace(edit, refusals=unmet_limits(edit, limits, facts, 0.03)).save(tmp_path / "e")
+    with pytest.raises(InputError, match="is refused: off-target KL 0.03 .* force true"):
+        Edit.load(tmp_path / "e", dense)
+    assert Edit.load(tmp_path / "e", dense, force=True).refusals[0].startswith("off-target KL 0.03")
+
+
+def test_damaged_edits_are_refused_in_one_line(dense, pair, tmp_path) -> None:
+    _, bridges = pair
+    edit = replace(Edit.from_nodes([Node("0.attn.act_in", 3)], Site(0, "resid_pre"), bridges))
+    path = tmp_path / "e" / "edit.json"
+    for damage in ({"crossings": []}, {"reader": 3}, {"intervention": {}}, {"refusals": None}):
+        replace(edit, hashes=Hashes(dense.sha256)).save(path.parent)
+        add_facts(path.parent, damage)
+        with pytest.raises(InputError, match="damaged"):
+            Edit.load(path.parent, dense)
+    old = {"schema_version": 1, "dense_sha256": dense.sha256, "site": "0.resid_pre"}
+    path.write_text(json.dumps(old))
+    with pytest.raises(InputError, match="make it again"):
+        Edit.load(path.parent, dense)
+
+
+def test_the_bridge_as_source_measures_the_same_edit(dense, pair, prompts) -> None:
+    """With an exact bridge both sources see the same activations, so they move the answers alike."""
+    student, bridges = pair
+    edit = Edit.from_nodes([Node("0.mlp.act_in", c) for c in (3, 8)], Site(0, "resid_mid"), bridges)
+    found = []
+    for source in ("student", "bridge"):
+        streams = PromptStreams(dense, student, bridges, prompts, source=source)
+        found.append(streams.differences(edit.site, streams.delta(edit)))
+    torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
 
 
 def test_greedy_choice_finds_the_one_node_that_carries_the_answer(dense, tokens) -> None:

@@ -10,7 +10,6 @@ import torch
 from extractor.circuit import Calibration, Circuit, count_edges, edges_between, keep_nodes
 from extractor.compact import CompactStudent
 from extractor.errors import InputError
-from extractor.faithfulness import bootstrap_interval, evaluate_circuit, random_nodes
 from extractor.gates import HeavisideStep
 from extractor.masks import Bank, GateTap, NodeMasks, mean_activations, tied_queries
 from extractor.prune import (
@@ -160,13 +159,10 @@ def test_a_planted_circuit_is_recovered_exactly(target: str) -> None:
         ("0.mlp.act_in:1", "0.mlp.post_act:0"),
         ("0.mlp.post_act:0", "0.mlp.resid_delta:2"),
     }
-    found = evaluate_circuit(student, circuit, held_out, means, num_random=5, seed=0)
-    assert found["accuracy"] == 1
-    assert found["loss"] <= 0.15
-    assert found["sufficiency"] == pytest.approx(1, abs=0.05)
-    assert found["necessity"] == pytest.approx(1, abs=1e-4)
-    assert found["accuracy_without"] == 0.5
-    assert found["random_circuits"]["accuracy_max"] <= 0.75
+    model = circuit.compact(student, means)
+    calibrated = circuit.calibration(held_out.logit_difference(model(held_out.ids).logits))
+    assert (calibrated > 0).all()
+    assert two_way_loss(calibrated) <= 0.15
 
 
 def planted_settings(student: Student, count: int) -> list[Setting]:
@@ -234,20 +230,6 @@ def test_calibration_removes_a_shift_and_a_scale() -> None:
     calibration = calibrate(skewed)
     assert (calibration(skewed) > 0).float().mean() > 0.99
     assert two_way_loss(calibration(skewed)) < 0.3 < two_way_loss(skewed)
-
-
-def test_bootstrap_interval_holds_the_mean_and_keeps_pairs_together() -> None:
-    values = torch.cat([torch.ones(100), torch.zeros(100)])  # every pair: one right, one wrong
-    assert bootstrap_interval(values, 0) == [0.5, 0.5]
-    low, high = bootstrap_interval((torch.rand(400) < 0.8).float(), 0)
-    assert 0.7 < low < 0.8 < high < 0.9
-
-
-def test_random_circuits_match_the_size_at_every_address(means) -> None:
-    nodes = frozenset({Node("0.attn.q", 1), Node("0.attn.q", 2), Node("1.mlp.post_act", 0)})
-    drawn = random_nodes(nodes, means, random.Random(0))
-    assert sorted(node.address for node in drawn) == ["0.attn.q", "0.attn.q", "1.mlp.post_act"]
-    assert len(set(drawn)) == 3
 
 
 @torch.no_grad()

@@ -238,3 +238,20 @@ def test_logit_difference_reads_the_last_real_token() -> None:
     logits = torch.arange(24.0).reshape(2, 3, 4) ** 2
     expected = [logits[0, 2, 1] - logits[0, 2, 2], logits[1, 0, 2] - logits[1, 0, 1]]
     assert batch.logit_difference(logits).tolist() == expected
+
+
+def test_joined_batches_keep_their_pairs_and_clusters_apart() -> None:
+    def batch(width: int, first: int) -> TaskBatch:
+        ids = torch.arange(first, first + 4 * width).reshape(4, width)
+        answer = torch.tensor([1, 2, 3, 4])
+        return TaskBatch(ids, torch.full((4,), width - 1), answer, answer.roll(2), torch.tensor([0, 1, 0, 1]))
+
+    left, right = batch(3, 0), batch(5, 100)
+    both = left.join(right)
+    assert both.cluster.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    for pair, (own, place) in enumerate([(left, 0), (left, 1), (right, 0), (right, 1)]):
+        one = both.select(torch.tensor([pair]))
+        alone = own.select(torch.tensor([place]))
+        assert torch.equal(one.ids, alone.ids)
+        assert torch.equal(one.answer, alone.answer)
+        assert torch.equal(one.distractor, alone.distractor)

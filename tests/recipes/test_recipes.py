@@ -29,7 +29,8 @@ TRAIN = [
 ]  # fmt: skip
 EXTRACT = [
     *SMALL_TEXT, "--tasks", "[with_as, bracket_paren]", "--mean_blocks", "16", "--held_out_pairs", "8",
-    "--random_circuits", "2", "--prune.steps", "10", "--prune.train_pairs", "16",
+    "--evidence.random_circuits", "2", "--evidence.random_pairs", "4", "--evidence.adversary.steps", "2",
+    "--controls.nonsense", "1", "--prune.steps", "10", "--prune.train_pairs", "16",
     "--prune.selection_pairs", "16", "--prune.pairs_per_step", "8",
 ]  # fmt: skip
 EDIT = ["--train_pairs", "8", "--held_out_pairs", "8", "--edit.control_draws", "1"]

@@ -1,0 +1,91 @@
+"""The table of circuits: one row per task, every figure from the circuit files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from extractor.circuit import Circuit
+from extractor.errors import InputError
+
+START, END = "<!-- circuits -->", "<!-- /circuits -->"
+COLUMNS = {
+    "task": "task",
+    "student_accuracy": "whole student",
+    "nodes": "nodes",
+    "edges": "edges",
+    "loss": "held-out loss",
+    "sufficiency": "sufficiency",
+    "necessity": "necessity",
+    "random": "better than random circuits",
+    "adversarial": "loss, worst node restored",
+    "recurrence": "recurrence over seeds",
+    "verdict": "verdict",
+}
+
+
+def circuit_table(circuits: Sequence[Circuit]) -> str:
+    """Markdown; undefined values show as a dash, values that were not measured as "not run"."""
+    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
+    for circuit in sorted(circuits, key=lambda circuit: circuit.task):
+        row = _row(circuit)
+        lines.append("| " + " | ".join(row[name] for name in COLUMNS) + " |")
+    words = [_at(circuit.evidence, "verdict", "word") for circuit in circuits]
+    counts = ", ".join(
+        f"{words.count(word)} {word}" for word in ("supported", "partly", "not supported", "not tested")
+    )
+    return "\n".join([*lines, "", f"Verdicts: {counts}.", ""])
+
+
+def put_table(path: Path, table: str) -> None:
+    """Put a table between the markers of a Markdown file.
+
+    Raises:
+        InputError: no such file, or not exactly one pair of markers.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"table '{path}' cannot be read: {error.strerror}") from None
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise InputError(
+            f"table '{path}' needs one line '{START}' and one line '{END}'; the table goes between"
+        )
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    path.write_text(f"{before}{START}\n{table}{END}{after}", encoding="utf-8")
+
+
+def _row(circuit: Circuit) -> dict[str, str]:
+    found = circuit.evidence
+    worst = _at(found, "verdict", "reasons") or []
+    adversarial = [check["value"] for check in worst if check["name"].startswith("loss with the worst")]
+    return {
+        "task": f"`{circuit.task}`",
+        "student_accuracy": _percent(_at(found, "student_accuracy")),
+        "nodes": f"{len(circuit.nodes):,}",
+        "edges": f"{len(circuit.edges):,}",
+        "loss": _number(_at(found, "loss")),
+        "sufficiency": _number(_at(found, "sufficiency"), 2),
+        "necessity": _number(_at(found, "necessity"), 2),
+        "random": _number(_at(found, "random_circuits", "sufficiency_percentile"), 0, unit=" %"),
+        "adversarial": _number(next(iter(adversarial), None), 2),
+        "recurrence": _percent(_at(found, "controls", "seeds", "recurrence")),
+        "verdict": str(_at(found, "verdict", "word") or "not tested"),
+    }
+
+
+def _at(value: object, *keys: str) -> object:
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            return None
+        value = value[key]
+    return value
+
+
+def _number(value: object, digits: int = 3, unit: str = "") -> str:
+    if value is None:
+        return "not run"
+    return f"{value:.{digits}f}{unit}" if isinstance(value, int | float) else "-"
+
+
+def _percent(value: object) -> str:
+    return _number(100 * value if isinstance(value, int | float) else value, 0, unit=" %")
