@@ -54,6 +54,8 @@ def describe_nodes(
         prompts: held-out pairs, for the effects.
     """
     nodes, text = sorted(circuit.nodes, key=lambda n: n.sort_key), text.cpu()
+    if not nodes:
+        return []
     activations = record_nodes(student, nodes, text)
     labels = label_nodes(activations, text_predicates(text, tokenizer), seed)
     effects = node_effects(student, circuit, means, prompts)
