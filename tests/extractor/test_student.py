@@ -12,10 +12,11 @@ OPTIONS = [
     {},
     {"activation_frac": 0.25},
     {"attention_sink": True, "bigram_table": True},
+    {"attn_logit_softcapping": 2.0},
 ]
 
 
-@pytest.fixture(params=OPTIONS, ids=["plain", "abs_topk", "sink_bigram"])
+@pytest.fixture(params=OPTIONS, ids=["plain", "abs_topk", "sink_bigram", "soft_cap"])
 def model(request: pytest.FixtureRequest) -> Student:
     student = Student(tiny_student_config(**request.param)).eval()
     for parameter in student.parameters():  # so that sinks, biases and bigrams are not zero
