@@ -16,11 +16,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from extractor.adversary import spread
 from extractor.circuit import Circuit, keep_nodes
 from extractor.config import Config
 from extractor.errors import UsageError
 from extractor.masks import Bank, Means, mean_activations
+from extractor.packed import Chunks
 from extractor.prune import PruneConfig, Search, search_masks, task_settings
+from extractor.random_circuits import remove_nodes
 from extractor.sites import Node, Tap, no_tap
 from extractor.smallest import calibrate
 from extractor.student import Student
@@ -29,6 +32,7 @@ from extractor.task_text import Pair
 from extractor.tasks import TaskBatch, accuracy, encode_pairs, two_way_loss
 
 KINDS: tuple[Nonsense, ...] = ("prompt", "class")
+OTHER_PAIRS = 32  # of every other task, over all its templates
 SHARED_BY_MOST, SHARED_BY_FEW = 0.9, 0.1  # of the seeds: a node is core, or noise
 
 
@@ -132,6 +136,7 @@ def search_outcome(
     }
 
 
+@torch.no_grad()
 def other_task_controls(
     student: Student, circuit: Circuit, others: Mapping[str, TaskBatch], means: Means
 ) -> dict[str, dict[str, float]]:
@@ -140,15 +145,17 @@ def other_task_controls(
     Alone it is calibrated anew on those very prompts, in its favour.
     """
     found = {}
+    model = circuit.compact(student, means)
     for task, held_out in others.items():
-        whole = differences(student, held_out, no_tap)
-        alone = differences(student, held_out, circuit.tap(means))
-        without = differences(student, held_out, circuit.tap(means, complement=True))
+        chunks = Chunks(spread(held_out, OTHER_PAIRS), student.config)
+        (whole,), (alone,) = chunks.differences(student), chunks.differences(model)
+        (without,) = chunks.differences(student, remove_nodes(circuit.nodes, means))
         found[task] = {
             "student_accuracy": accuracy(whole),
             "accuracy_alone": accuracy(calibrate(alone)(alone)),
             "accuracy_without": accuracy(without),
             "accuracy_without_calibrated": accuracy(calibrate(without)(without)),
+            "num_prompts": len(whole),
         }
     return found
 

@@ -55,7 +55,6 @@ class ExtractConfig(Config):
         "if_equals",
         "with_as",
         "else_elif",
-        "if_return",
         "while_return_true",
     )
     """Names from the list in the README, or paths of `.jsonl` files with tasks of your own."""
