@@ -91,7 +91,7 @@ class TrainConfig(Config):
     sparsity: SparsityConfig = SparsityConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    max_steps: int = Field(540, ge=0)
+    max_steps: int = Field(500, ge=0)
     per_device_train_batch_size: int = Field(16, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_train_tokens: int = Field(2_000_000, ge=1)
