@@ -231,9 +231,10 @@ def strength_rows(edit: Any) -> list[list[str]]:
 
 def checks_line(circuit: Any, passed: bool) -> str:
     """The checks behind a circuit's verdict that passed, or that did not, with what was measured."""
-    own = [check for check in _listed(at(circuit, "verdict", "reasons")) if at(check, "passed") is passed]
+    checks = _listed(at(circuit, "verdict", "reasons"))
+    own = [c for c in checks if (at(c, "passed") is True and reason(at(c, "value")) is None) is passed]
     if passed:
-        return f"{len(own)} of {len(_listed(at(circuit, 'verdict', 'reasons')))}"
+        return f"{len(own)} of {len(checks)}"
     shown = (
         f"{as_text(at(check, 'name'))}: {number(at(check, 'value'))}, "
         f"{as_text(at(check, 'relation'))} {number(at(check, 'limit'))}"

@@ -52,11 +52,27 @@ def circuit() -> dict[str, Any]:
             "loss_without": 0.7012,
             "student_loss": 0.0921,
         },
-        **{"student_accuracy": 0.9789, "agreement": 0.9456, "num_prompts": 256},
+        **{"student_accuracy": 0.9789, "against_student": {"sign": {"value": 0.9456}}, "num_prompts": 256},
         **{"target_loss": 0.15, "target": "answer", "ablation": "mean"},
         "random_circuits": {
             **{"count": 20, "accuracy_mean": 0.5034, "accuracy_max": 0.5567},
             **{"loss_min": 0.6931, "accuracy_without_mean": 0.9721},
+        },
+        "verdict": {
+            "word": "partly",
+            "reasons": [
+                {
+                    "name": "held-out loss",
+                    "value": 0.1432,
+                    "relation": "at most",
+                    "limit": 0.2,
+                    "passed": True,
+                },
+                {
+                    **{"name": "seeds searched", "value": 1.0, "relation": "at least"},
+                    **{"limit": 10.0, "passed": False},
+                },
+            ],
         },
         "example": {
             "clean": "def f(x):\n    return [1, 2",
@@ -571,3 +587,9 @@ def test_edges_between_unlisted_nodes_are_refused():
 def test_the_room_names_no_torch():
     for module in (report, drawing):
         assert "torch" not in Path(module.__file__).read_text(encoding="utf-8")
+
+
+def test_a_verdict_stands_beside_what_it_rests_on() -> None:
+    page = render_html(record())
+    assert "1 of 2" in page
+    assert "seeds searched: 1, at least 10" in page

@@ -34,7 +34,9 @@ YAMLS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != 
 
 
 def read(path: Path) -> Config:
-    config_type = runpy.run_path(str(RECIPES / f"{path.stem}.py"))[CONFIGS[path.stem]]
+    """By the recipe that its first line launches."""
+    verb = re.search(r"recipes/(\w+)\.py", path.read_text())[1]
+    config_type = runpy.run_path(str(RECIPES / f"{verb}.py"))[CONFIGS[verb]]
     return load_config(config_type, ["--config", str(path)])
 
 

@@ -74,7 +74,7 @@ def test_whole_job_leaves_every_artefact(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert names == {
         "config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "student", "bridges",
-        "circuits", "edits", "report.json", "report.html", "README.md",
+        "circuits", "circuits.md", "thresholds.json", "edits", "report.json", "report.html", "README.md",
     }  # fmt: skip
     for path in trained.rglob("*"):
         assert path.suffix not in {".bin", ".pkl", ".pt", ".pickle"}
@@ -394,8 +394,9 @@ def test_exit_code_and_last_word_of_a_recipes_own_process(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "python").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_parses_and_names_its_command(path: Path, monkeypatch, capsys) -> None:
+    verb = {"circuits": "extract"}.get(path.stem, path.stem)
     command = path.read_text().splitlines()[0]
-    assert command == f"# accelerate launch recipes/{path.stem}.py --config recipes/python/{path.name}"
-    run_in_process(monkeypatch, path.stem, "--config", path, "--print_config")
+    assert command == f"# accelerate launch recipes/{verb}.py --config recipes/python/{path.name}"
+    run_in_process(monkeypatch, verb, "--config", path, "--print_config")
     resolved = yaml.safe_load(capsys.readouterr().out)
     assert resolved["seed"] == 0
