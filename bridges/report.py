@@ -232,7 +232,12 @@ def strength_rows(edit: Any) -> list[list[str]]:
 def checks_line(circuit: Any, passed: bool) -> str:
     """The checks behind a circuit's verdict that passed, or that did not, with what was measured."""
     checks = _listed(at(circuit, "verdict", "reasons"))
-    own = [c for c in checks if (at(c, "passed") is True and reason(at(c, "value")) is None) is passed]
+
+    def has_passed(check: Any) -> bool:
+        is_known = all(reason(at(check, key)) is None for key in ("value", "limit"))
+        return is_known and at(check, "passed") is True
+
+    own = [check for check in checks if has_passed(check) is passed]
     if passed:
         return f"{len(own)} of {len(checks)}"
     shown = (
