@@ -4,7 +4,6 @@ A closed weight carries its source's mean, in the bias, as in `extractor.edges`;
 matrices, so that nodes outside the circuit can be ablated otherwise, or restored.
 """
 
-from itertools import product
 from typing import Any
 
 import torch
@@ -13,20 +12,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from extractor.circuit import Circuit
+from extractor.edges import matrices
 from extractor.masks import Means, live_channels
 from extractor.packed import Run
 from extractor.sites import Node
 from extractor.student import Student
-
-MATRICES = {
-    "attn.q_proj": ("attn.act_in", "attn.q"),
-    "attn.k_proj": ("attn.act_in", "attn.k"),
-    "attn.v_proj": ("attn.act_in", "attn.v"),
-    "attn.o_proj": ("attn.v", "attn.resid_delta"),
-    "mlp.up_proj": ("mlp.act_in", "mlp.post_act"),
-    "mlp.gate_proj": ("mlp.act_in", "mlp.post_act"),
-    "mlp.down_proj": ("mlp.post_act", "mlp.resid_delta"),
-}
 
 
 def close_edges(student: Student, circuit: Circuit, means: Means) -> Run:
@@ -47,12 +37,10 @@ def closed_parameters(student: Student, circuit: Circuit, means: Means) -> dict[
     live = live_channels(circuit.nodes)
     kept = {(edge.source, edge.target) for edge in circuit.edges}
     replaced = {}
-    for layer, (matrix, ends) in product(student.layers, MATRICES.items()):
-        source, target = (f"{layer.layer}.{end}" for end in ends)
-        sublayer, _, name = matrix.partition(".")
-        linear = getattr(getattr(layer, sublayer), name)
-        if linear is None or source not in live or target not in live:  # a student without gates; no edge
+    for path, source, target in matrices(student):
+        if source not in live or target not in live:
             continue
+        linear = student.get_submodule(path)
         channels, columns = _columns(student, source, live[source])
         rows = live[target]
         is_open = _is_open(kept, source, channels, target, rows)
@@ -62,7 +50,6 @@ def closed_parameters(student: Student, circuit: Circuit, means: Means) -> dict[
             weight, bias = linear.weight.clone(), linear.bias.clone()
             weight[block] -= closed
             bias[rows] += closed @ means[source][channels].to(closed)
-            path = f"layers.{layer.layer}.{matrix}"
             replaced |= {f"{path}.weight": weight, f"{path}.bias": bias}
     return replaced
 

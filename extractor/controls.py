@@ -190,6 +190,5 @@ def _mean_jaccard(sets: Sequence[frozenset[Node]]) -> float:
 
 @torch.no_grad()
 def differences(student: Student, prompts: TaskBatch, tap: Tap) -> Tensor:
-    """Every prompt's logit difference under a tap."""
-    logits = student(prompts.ids, tap=tap, logits_to_keep=prompts.last[:, None]).logits
-    return prompts.logit_difference(logits)
+    """Logit differences under a tap: clean prompts (shortest first), then corrupted ones."""
+    return Chunks(prompts, student.config).differences(student, tap)[0]

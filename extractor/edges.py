@@ -23,6 +23,7 @@ from torch.func import functional_call
 from extractor.compact import CompactStudent
 from extractor.masks import Means
 from extractor.sites import Node
+from extractor.student import Student
 
 ALWAYS_OPEN = -1  # a zero weight, or one of a row that is only computed to be ranked against
 
@@ -92,8 +93,8 @@ class EdgeGates:
         return self.model
 
 
-def matrices(model: CompactStudent) -> list[tuple[str, str, str]]:
-    """(module, source address, target address) of every matrix of a compact model that holds edges."""
+def matrices(model: CompactStudent | Student) -> list[tuple[str, str, str]]:
+    """(module, source address, target address) of every matrix that holds edges."""
     found = []
     for index, layer in enumerate(model.layers):
         joins = [("attn.q_proj", "attn.act_in", "attn.q"), ("attn.k_proj", "attn.act_in", "attn.k")]
