@@ -5,6 +5,7 @@ from pathlib import Path
 
 from extractor.circuit import Circuit
 from extractor.errors import InputError
+from extractor.statistics import holm
 
 START, END = "<!-- circuits -->", "<!-- /circuits -->"
 COLUMNS = {
@@ -16,6 +17,7 @@ COLUMNS = {
     "sufficiency": "sufficiency",
     "necessity": "necessity",
     "random": "better than random circuits",
+    "p": "p (Holm)",
     "adversarial": "loss, worst node restored",
     "recurrence": "recurrence over seeds",
     "verdict": "verdict",
@@ -23,10 +25,17 @@ COLUMNS = {
 
 
 def circuit_table(circuits: Sequence[Circuit]) -> str:
-    """Markdown; undefined values show as a dash, values that were not measured as "not run"."""
+    """Markdown; undefined values show as a dash, values that were not measured as "not run".
+
+    `p` is that of a random circuit of the same size being as good alone, adjusted over the tasks (Holm).
+    """
     lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
+    p_values = {
+        circuit.task: _at(circuit.evidence, "random_circuits", "sufficiency_p") for circuit in circuits
+    }
+    adjusted = holm({task: p for task, p in p_values.items() if p is not None})
     for circuit in sorted(circuits, key=lambda circuit: circuit.task):
-        row = _row(circuit)
+        row = _row(circuit) | {"p": _number(adjusted.get(circuit.task))}
         lines.append("| " + " | ".join(row[name] for name in COLUMNS) + " |")
     words = [_at(circuit.evidence, "verdict", "word") for circuit in circuits]
     counts = ", ".join(

@@ -163,13 +163,13 @@ def other_task_controls(
 def seed_controls(search: Search, circuit: Circuit) -> dict[str, object]:
     """How far the circuit's nodes recur in the masks of the other seeds, before what they can spare goes."""
     seeds = sorted({setting.seed for setting in search.settings})
-    best = search.settings[search.best].seed
     sets = {seed: search.nodes(search.best_of(seed)) for seed in seeds}
-    others = [nodes for seed, nodes in sets.items() if seed != best]
+    others = [nodes for seed, nodes in sets.items() if seed != circuit.settings["seed"]]
     shares = {node: sum(node in nodes for nodes in others) / max(1, len(others)) for node in circuit.nodes}
     outcome: dict[str, object] = {"count": len(seeds), "sizes": [len(nodes) for nodes in sets.values()]}
     if not others or not shares:
-        return outcome | {"recurrence": {"undefined": "one seed alone"}}
+        reason = "one seed alone" if not others else "an empty circuit"
+        return outcome | {"recurrence": {"undefined": reason}}
     return outcome | {
         "recurrence": sum(shares.values()) / len(shares),
         "core": _names(shares, lambda share: share >= SHARED_BY_MOST),

@@ -36,7 +36,7 @@ from extractor.masks import Bank, GateTap, Means, NodeMasks, tied_queries
 from extractor.packed import pack
 from extractor.refine import RefineConfig, drop_spare_nodes, find_edges, in_use, needed_without_edges
 from extractor.sites import Node
-from extractor.smallest import smallest_circuit
+from extractor.smallest import Sizes, calibrate_all, smallest_circuit
 from extractor.student import Student
 from extractor.tasks import TaskBatch
 
@@ -125,7 +125,12 @@ class Search:
     @property
     def best(self) -> int:
         """The setting with the fewest nodes, of those that reached the smaller goal."""
-        return min(range(len(self.found)), key=self._merit)
+        return self.ranked[0]
+
+    @property
+    def ranked(self) -> list[int]:
+        """All settings, best first."""
+        return sorted(range(len(self.found)), key=self._merit)
 
     def best_of(self, seed: int) -> int:
         """The same among the settings of one seed."""
@@ -152,7 +157,7 @@ def extract_circuit(
     *,
     bank: Bank | None = None,
 ) -> Circuit:
-    """The smallest circuit found over the seeds; all nodes, where no mask reaches the target.
+    """The smallest circuit found over the seeds; an empty one, where no mask reaches the target.
 
     Args:
         means: what closed nodes carry (zeros for zero ablation).
@@ -200,8 +205,32 @@ def finish_circuit(
     *,
     bank: Bank | None = None,
 ) -> Circuit:
-    """The best mask's circuit: without what it can spare, and with its edges learned."""
-    masks, setting, found = search.masks, search.settings[search.best], search.found[search.best]
+    """The best mask's circuit: without what it can spare, and with its edges learned.
+
+    Several masks may be refined (`refine.candidates`); the circuit with the fewest edges is kept.
+    """
+    count = config.refine.candidates if config.refine.enabled else 1
+    circuits = [
+        _finish(student, task, search, index, config, student_sha256, bank) for index in search.ranked[:count]
+    ]
+    return min(circuits, key=_size)
+
+
+def _size(circuit: Circuit) -> tuple[float, int, int]:
+    goal = circuit.settings["reached_loss"]
+    return math.inf if goal is None else goal, len(circuit.edges), len(circuit.nodes)
+
+
+def _finish(
+    student: Student,
+    task: str,
+    search: Search,
+    index: int,
+    config: PruneConfig,
+    student_sha256: str,
+    bank: Bank | None,
+) -> Circuit:
+    masks, setting, found = search.masks, search.settings[index], search.found[index]
     kept, calibration = masks.of_nodes(found.kept), found.calibration
     is_refined = config.refine.enabled and found.goal is not None
     if is_refined:
@@ -209,6 +238,11 @@ def finish_circuit(
         kept = drop_spare_nodes(
             student, masks, found.kept | (found.tau > 0), found.goal, setting.selection, bank
         )
+    if found.goal is None:
+        kept = torch.zeros_like(kept)  # no circuit; all of the student is not one
+        with torch.no_grad():
+            nothing = Sizes(student, masks, kept, bank).differences(kept.float()[None], setting.selection)
+        (calibration,) = calibrate_all(nothing)
     nodes = masks.nodes(kept)
     edges = edges_between(student, nodes)
     if is_refined:
@@ -226,13 +260,14 @@ def finish_circuit(
         nodes, pairs = in_use(nodes, pairs, needed)
         wanted_pairs = set(pairs)
         edges = tuple(edge for edge in edges if (edge.source, edge.target) in wanted_pairs)
+    settings = config.model_dump(mode="json") | {
+        "reached_loss": found.goal,
+        "refined": is_refined,
+        "seed": setting.seed,
+        "size_coef": setting.size_coef,
+    }
     return Circuit(
-        task=task,
-        nodes=nodes,
-        edges=edges,
-        student_sha256=student_sha256,
-        settings=config.model_dump(mode="json") | {"reached_loss": found.goal, "refined": is_refined},
-        calibration=calibration,
+        task, nodes, edges, student_sha256=student_sha256, settings=settings, calibration=calibration
     )
 
 

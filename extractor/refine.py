@@ -35,6 +35,8 @@ class RefineConfig(Config):
 
     enabled: bool = False
     """Circuits get about half the size."""
+    candidates: int = Field(1, ge=1)
+    """How many masks are refined, best first; the one with the fewest edges becomes the circuit."""
     steps: int = Field(80, ge=1)
     learning_rate: float = Field(0.03, gt=0)
     edge_coef: float = Field(1e-3, ge=0)

@@ -72,6 +72,8 @@ class ExtractConfig(Config):
     """Also measure size against loss, from the masks at hand."""
     describe: bool = False
     """Also describe every node (contexts, effects, weights, labels) and write graphs for other tools."""
+    describe_at_most: int = Field(512, ge=1)
+    """Nodes; circuits of more are not described."""
     describe_blocks: int = Field(64, ge=2)
     """Held-out blocks in which nodes' contexts are looked for."""
     export: bool = False
@@ -249,7 +251,7 @@ def write_extras(
     if config.export:
         ids = subject.text[:8]
         circuit.export(folder / "model", student, subject.frozen, ids)
-    if config.describe:
+    if config.describe and len(circuit.nodes) <= config.describe_at_most:
         nodes = describe_nodes(
             student,
             subject.tokenizer,
