@@ -21,6 +21,7 @@ from typing import Any
 from jinja2 import Undefined
 from markupsafe import Markup
 
+from extractor.circuit import Circuit
 from extractor.errors import InputError
 
 NOT_RECORDED = "not recorded"
@@ -36,6 +37,13 @@ KINDS = (
 )
 _ROW_OF_KIND = (0, 1, 1, 1, 2, 3, 4, 5)
 _ADDRESS = re.compile(rf"(\d{{1,6}})\.({'|'.join(map(re.escape, KINDS))}):(\d{{1,9}})", re.ASCII)
+_FILE_STYLE = """
+svg { color: #1a1a1a; background: #fff; }
+path { fill: none; } text { fill: currentColor; font: 11px sans-serif; }
+.ep { stroke: #0b62a8; } .en { stroke: #b3440a; stroke-dasharray: 6 3; }
+.er { stroke: #888; stroke-width: .8; stroke-dasharray: 1.5 3; }
+.nd { fill: #fff; stroke: currentColor; stroke-width: 1.5; } .rl { fill: #555; } .nl { font-size: 9px; }
+"""
 # Printable to Unicode, yet nothing is seen: fillers, joiners, selectors, the braille blank.
 _BLANK = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]"
@@ -159,6 +167,22 @@ def circuit_svg(circuit: dict[str, Any], max_nodes: int = 120, max_edges: int = 
         'circuit">\n<svg class="circuit" role="img" aria-label="{}" width="{}" height="{}" '
         'viewBox="0 0 {} {}">\n{}\n</svg></div>\n<figcaption>{}</figcaption></figure>'
     ).format(caption, width, height, width, height, marks, caption)
+
+
+def circuit_picture(circuit: Circuit) -> str:
+    """The picture as an SVG file of its own.
+
+    Raises:
+        InputError: the circuit is empty.
+    """
+    if not circuit.nodes:
+        raise InputError(f"circuit '{circuit.task}' has no nodes; there is nothing to draw")
+    edges = [(str(edge.source), str(edge.target), edge.weight) for edge in circuit.edges]
+    graph = {"nodes": [str(node) for node in circuit.nodes], "edges": edges}
+    figure = str(circuit_svg({"graph": graph}))
+    svg = figure[figure.index("<svg") : figure.index("</svg>")]
+    head, _, marks = svg.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg">\n<style>{_FILE_STYLE}</style>{marks}</svg>\n'
 
 
 def node_rows(circuit: dict[str, Any], max_rows: int = 400) -> list[tuple[str, list[tuple[str, str, str]]]]:

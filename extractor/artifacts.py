@@ -153,6 +153,17 @@ def update_manifest(
     write_json(path, manifest)
 
 
+def text_sha256(value: Any) -> str:
+    """Of a JSON-able value, in one canonical spelling."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def source_sha256() -> str:
+    """Of the code that circuits are found and measured with."""
+    folder = Path(__file__).resolve().parent
+    return combine_hashes({path.name: file_sha256(path) for path in sorted(folder.glob("*.py"))})
+
+
 def environment() -> dict[str, Any]:
     """Versions, code revision and hardware that a result rests on."""
     versions = {}

@@ -67,6 +67,7 @@ class Circuit:
     settings: dict[str, object]
     calibration: Calibration = Calibration()
     evidence: dict[str, object] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
 
     def tap(self, frozen: Frozen, *, complement: bool = False) -> Tap:
         """The student as this circuit only; with `complement`, as everything but the circuit.
@@ -116,6 +117,7 @@ class Circuit:
                 "schema_version": SCHEMA_VERSION,
                 "task": self.task,
                 "student_sha256": self.student_sha256,
+                "hashes": self.hashes,
                 "settings": self.settings,
                 "calibration": asdict(self.calibration),
                 "evidence": self.evidence,
@@ -144,6 +146,7 @@ class Circuit:
                 settings=value["settings"],
                 calibration=Calibration(**value["calibration"]),
                 evidence=value["evidence"],
+                hashes=value.get("hashes", {}),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"circuit '{path}' is damaged ({error!r})") from None

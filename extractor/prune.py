@@ -33,10 +33,10 @@ from extractor.config import Config
 from extractor.gates import learn_gates
 from extractor.machine import autocast
 from extractor.masks import Bank, GateTap, Means, NodeMasks, tied_queries
-from extractor.packed import pack
+from extractor.packed import Chunks, pack
 from extractor.refine import RefineConfig, drop_spare_nodes, find_edges, in_use, needed_without_edges
 from extractor.sites import Node
-from extractor.smallest import Sizes, calibrate_all, smallest_circuit
+from extractor.smallest import Sizes, calibrate_all, calibrated_losses, smallest_circuit
 from extractor.student import Student
 from extractor.tasks import TaskBatch
 
@@ -185,8 +185,14 @@ def task_settings(
 def search_masks(
     student: Student, settings: Sequence[Setting], means: Means, config: PruneConfig, bank: Bank | None = None
 ) -> Search:
-    """Learn every setting's mask, and cut each to its smallest circuit."""
+    """Learn every setting's mask, and cut each to its smallest circuit.
+
+    A student that is itself above the target loss has no circuit of the task: nothing is learned then.
+    """
     student.requires_grad_(False)
+    if config.target == "student" and student_loss(student, settings[0].selection) > config.target_loss:
+        masks = NodeMasks(means, [setting.seed for setting in settings], init=-1.0, init_noise=0.0)
+        return Search(masks, settings, [Found(tau, tau > 0, Calibration(), None) for tau in masks.tau])
     masks = learn_masks(student, settings, means, config, bank)
     goal = config.target_loss * config.selection_frac
     found = []
@@ -194,6 +200,13 @@ def search_masks(
         reached = smallest_circuit(student, masks, tau, setting.selection, goal, config.target_loss, bank)
         found.append(Found(tau, *reached))
     return Search(masks, settings, found)
+
+
+@torch.no_grad()
+def student_loss(student: Student, prompts: TaskBatch) -> float:
+    """Calibrated two-way loss of the whole student."""
+    (difference,) = Chunks(prompts, student.config).differences(student)
+    return calibrated_losses(difference[None])[0][0]
 
 
 def finish_circuit(

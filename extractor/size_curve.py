@@ -22,16 +22,17 @@ from extractor.tasks import TaskBatch, two_way_loss
 TARGET_LOSSES = (0.5, 0.35, 0.15, 0.05, 0.035, 0.015, 0.0035, 0.0015)  # nats: those of the paper's figure
 RATIO = 1.25  # between neighbouring sizes
 GOOD_ENOUGH = min(TARGET_LOSSES)
+MASKS = 3  # the best ones are cut; others seldom give the smallest circuit at any loss
 
 
 def size_curve(
     student: Student, search: Search, held_out: TaskBatch, bank: Bank | None = None
 ) -> dict[str, object]:
-    """Every mask's cuts (nodes, edges, held-out loss), and nodes and edges at each target loss."""
+    """The best masks' cuts (nodes, edges, held-out loss), and nodes and edges at each target loss."""
     cuts = []
-    for setting, found in zip(search.settings, search.found, strict=True):
-        selection = setting.selection
-        cuts += mask_cuts(student, search.masks, found.tau, selection, held_out, bank)
+    for index in search.ranked[:MASKS]:
+        selection, tau = search.settings[index].selection, search.found[index].tau
+        cuts += mask_cuts(student, search.masks, tau, selection, held_out, bank)
     return {"cuts": cuts, "targets": [size_at(cuts, target) for target in TARGET_LOSSES]}
 
 

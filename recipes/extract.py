@@ -4,7 +4,8 @@
 
 Reads student/ of a run folder. Writes thresholds.json before anything is looked for, then
 circuits/<task>.json, circuits/<task>/ (what each node means, graphs) and circuits.md (the table).
-With several processes the tasks are shared out.
+With several processes the tasks are shared out. A circuit that is there, from the same student, prompts,
+settings and code, is not looked for again.
 """
 
 import dataclasses
@@ -20,7 +21,17 @@ from tqdm.auto import tqdm
 from bridges.checkpoint import DenseConfig, check_same_tokenizer
 from bridges.dense import DenseModel
 from bridges.dense_circuits import compare_circuits, comparison_table, dense_views, plot_comparison
-from extractor.artifacts import SCHEMA_VERSION, fingerprint, update_manifest, write_json
+from bridges.drawing import circuit_picture
+from extractor.artifacts import (
+    SCHEMA_VERSION,
+    combine_hashes,
+    file_sha256,
+    fingerprint,
+    source_sha256,
+    text_sha256,
+    update_manifest,
+    write_json,
+)
 from extractor.circuit import Circuit
 from extractor.circuit_scores import PeersConfig, compare_peers
 from extractor.circuit_table import circuit_table, put_table
@@ -71,7 +82,7 @@ class ExtractConfig(Config):
     curve: bool = False
     """Also measure size against loss, from the masks at hand."""
     describe: bool = False
-    """Also describe every node (contexts, effects, weights, labels) and write graphs for other tools."""
+    """Also describe every node (contexts, effects, weights, labels), draw it; graphs for other tools."""
     describe_at_most: int = Field(512, ge=1)
     """Nodes; circuits of more are not described."""
     describe_blocks: int = Field(64, ge=2)
@@ -121,12 +132,17 @@ def main(config: ExtractConfig) -> None:
     if state.is_main_process:
         config.thresholds.fix(config.run / "thresholds.json")
     folder = config.run / "circuits"
+    hashes = work_hashes(config, subject, text_digest, prompts)
     mine = config.tasks[state.process_index :: state.num_processes]
     for name in (bar := tqdm(mine, desc="extract", disable=not state.is_main_process)):
-        started = time.monotonic()
-        circuit = find_circuit(subject, name, prompts, config)
-        circuit.save(folder / f"{circuit.task}.json")
-        write_extras(subject, circuit, prompts[circuit.task], folder / circuit.task, config)
+        started, task = time.monotonic(), task_label(name)
+        path = folder / f"{task}.json"
+        if path.exists() and Circuit.load(path).hashes == hashes[task]:
+            bar.write(f"{task}: done before")
+            continue
+        circuit = dataclasses.replace(find_circuit(subject, name, prompts, config), hashes=hashes[task])
+        write_extras(subject, circuit, prompts[task], folder / task, config)
+        circuit.save(path)
         bar.write(f"{one_line(circuit)} ({time.monotonic() - started:.0f} s)")
     state.wait_for_everyone()
     if state.is_main_process:
@@ -173,6 +189,25 @@ def prompts_of(task: str, subject: Subject, config: ExtractConfig) -> TaskPrompt
     return TaskPrompts(pairs, batches)
 
 
+def work_hashes(
+    config: ExtractConfig, subject: Subject, text_digest: str, prompts: Mapping[str, TaskPrompts]
+) -> dict[str, dict[str, str]]:
+    """By task, what its circuit follows from: the same hashes, the same circuit."""
+    settings = config.model_dump(mode="json", exclude={"run", "table", "compare_dense", "dense", "rotation"})
+    pairs = {
+        task: text_sha256({split: [vars(pair) for pair in some] for split, some in own.pairs.items()})
+        for task, own in prompts.items()
+    }
+    shared = {
+        "student_sha256": subject.sha256,
+        "train_text_sha256": text_digest,
+        "settings_sha256": text_sha256(settings),
+        "other_tasks_sha256": combine_hashes(pairs),
+        "code_sha256": combine_hashes({"extractor": source_sha256(), "recipe": file_sha256(Path(__file__))}),
+    }
+    return {task: shared | {"task_sha256": own} for task, own in pairs.items()}
+
+
 def find_circuit(
     subject: Subject, name: str, prompts: Mapping[str, TaskPrompts], config: ExtractConfig
 ) -> Circuit:
@@ -192,12 +227,13 @@ def find_circuit(
         config.evidence,
     )
     others = {other: its.batches["held_out"] for other, its in prompts.items() if other != task}
-    controls = run_controls(subject, circuit, search, prompts[task], others, config)
+    is_found = circuit.settings["reached_loss"] is not None
+    controls = run_controls(subject, circuit, search, prompts[task], others, config) if is_found else {}
     evidence["controls"] = controls
     evidence["verdict"] = judge(evidence, controls, config.thresholds).as_json()
-    if config.curve:
+    if config.curve and is_found:
         evidence["size_curve"] = size_curve(student, search, own["held_out"], subject.resampled)
-    if config.peers.enabled:
+    if config.peers.enabled and is_found:
         evidence["peers"] = compare_peers(
             student,
             own["train"],
@@ -264,6 +300,8 @@ def write_extras(
         write_json(folder / "nodes.json", {"schema_version": SCHEMA_VERSION, "nodes": nodes})
         graph = neuronpedia_graph(circuit, student, subject.tokenizer, subject.frozen)
         write_json(folder / "neuronpedia.json", graph)
+        if circuit.nodes:
+            (folder / "circuit.svg").write_text(circuit_picture(circuit), encoding="utf-8")
 
 
 def one_line(circuit: Circuit) -> str:

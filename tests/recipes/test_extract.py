@@ -60,6 +60,21 @@ def test_everything_that_can_be_asked_for_is_written(run: Path, tmp_path, monkey
     assert any(name.endswith("nodes.json") for name in manifest)
 
 
+def test_a_circuit_is_not_looked_for_twice(run: Path, monkeypatch, capsys) -> None:
+    run_in_process(monkeypatch, "extract", *EXTRACT, "--run", run)
+    path = run / "circuits" / "with_as.json"
+    first = path.stat().st_mtime_ns, path.read_bytes()
+    (run / "circuits" / "bracket_paren.json").unlink()
+    capsys.readouterr()
+    run_in_process(monkeypatch, "extract", *EXTRACT, "--run", run)
+    printed = capsys.readouterr()
+    assert "with_as: done before" in printed.out + printed.err
+    assert (path.stat().st_mtime_ns, path.read_bytes()) == first
+    assert "| `bracket_paren` |" in (run / "circuits.md").read_text()
+    run_in_process(monkeypatch, "extract", *EXTRACT, "--run", run, "--seed", "1")
+    assert path.stat().st_mtime_ns != first[0]
+
+
 def test_thresholds_cannot_be_moved_after_a_run(run: Path, monkeypatch, capsys) -> None:
     (run / "thresholds.json").write_text('{"schema_version": 1, "max_loss": 0.1}')
     with pytest.raises(SystemExit) as ended:

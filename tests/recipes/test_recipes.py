@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from bridges.dense import DenseModel
-from extractor.circuit import Circuit
+from extractor.artifacts import file_sha256
+from extractor.circuit import Circuit, edges_between
+from extractor.sites import Node
+from extractor.student import load_student
 from tests.conftest import ROOT
 
 SMALL_TEXT = ["--data.source", str(ROOT / "extractor"), "--data.held_out_frac", "0.3"]
@@ -40,6 +44,20 @@ def run_in_process(monkeypatch: pytest.MonkeyPatch, verb: str, *arguments: objec
     AcceleratorState._reset_state()  # the precision of an earlier recipe in this process
     monkeypatch.setattr(sys, "argv", [f"{verb}.py", *map(str, arguments)])
     runpy.run_path(str(ROOT / "recipes" / f"{verb}.py"), run_name="__main__")
+
+
+def open_every_read(run: Path) -> None:
+    """Circuits to make edits from: a student of random weights does no task, so none were found."""
+    student, _ = load_student(run / "student")
+    reads = [site.read_address for site in student.sites]
+    nodes = frozenset(Node(read, channel) for read in reads for channel in range(student.config.hidden_size))
+    manifest = json.loads((run / "manifest.json").read_text())
+    for path in (run / "circuits").glob("*.json"):
+        circuit = replace(Circuit.load(path), nodes=nodes, edges=edges_between(student, nodes))
+        counts = {"nodes": len(nodes), "edges": len(circuit.edges)}
+        replace(circuit, evidence=circuit.evidence | counts).save(path)
+        manifest["extract"]["outputs"][f"circuits/{path.name}"] = file_sha256(path)
+    (run / "manifest.json").write_text(json.dumps(manifest))
 
 
 def start(*command: object, **environment: str) -> subprocess.Popen:
@@ -65,6 +83,7 @@ def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         dense = ["--dense.path", tiny_checkpoint, "--run", run]
         run_in_process(monkeypatch, "train", *dense, *TRAIN)
         run_in_process(monkeypatch, "extract", "--run", run, *EXTRACT)
+        open_every_read(run)
         run_in_process(monkeypatch, "edit", *dense, *EDIT)
         run_in_process(monkeypatch, "audit", *dense, "--held_out_pairs", 8)
     return run
