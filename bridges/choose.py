@@ -1,12 +1,14 @@
 """Which nodes of a circuit make the smallest edit, and what it does beside its controls.
 
-`choose_edit` picks site and nodes on training prompts, by the *indirect* effect: the same delta is taken
-out again before the final norm, because a late channel can be nothing but the answer's logit direction.
+Site and nodes are chosen on training prompts, by the *indirect* effect: the same delta is taken out again
+before the final norm, because a late channel can be nothing but the answer's logit direction.
 Everything here is a patch: nodes at one site move to their values on the counterfactual prompt.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,7 +23,8 @@ from bridges.reading import BridgeReader
 from bridges.tails import PromptTails
 from extractor.circuit import Circuit
 from extractor.config import Config
-from extractor.sites import Node, Recorder
+from extractor.sites import Node, Recorder, Site
+from extractor.statistics import undefined
 from extractor.student import Student
 from extractor.tasks import TaskBatch
 
@@ -29,6 +32,8 @@ from extractor.tasks import TaskBatch
 class EditConfig(Config):
     """How an edit is chosen and measured."""
 
+    nodes: Literal["circuit", "student"] = "circuit"
+    """What an edit may move: the circuit's nodes, or any channel that the student reads at the site."""
     max_size: int = Field(8, ge=1)
     """Most nodes of an edit."""
     candidates: int = Field(16, ge=1)
@@ -37,14 +42,30 @@ class EditConfig(Config):
     """Of these, how many are tried in each round after the first."""
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0)
     """Strengths measured on held-out prompts; 1 is the counterfactual's own value."""
-    goal: float = Field(0.97, gt=0, le=1)
-    """Indirect flip rate on training prompts, at half or full strength, that ends the search."""
+    sought: tuple[float, ...] = Field((1.0, 2.0), min_length=1)
+    """Strengths for which the smallest edit is looked for, the most wanted first."""
+    goal: float = Field(0.9, gt=0, le=1)
+    """Indirect flip rate on training prompts that makes an edit large enough."""
     sites_tried: int = Field(2, ge=1)
     """Sites at which nodes are searched for, most promising first."""
     control_draws: int = Field(2, ge=1)
     """Random node sets and random directions, whose flip rates are averaged."""
     attribution_points: int = Field(3, ge=1)
     """Steps of the path integral that ranks nodes."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A site's nodes in the order in which they were added, and what the first n of them do."""
+
+    site: Site
+    nodes: tuple[Node, ...]
+    rates: Mapping[float, Sequence[float]]
+    """Indirect flip rate on training prompts, by strength; one for each size from 1 on."""
+
+    def smallest(self, strength: float, goal: float) -> int | None:
+        """The least size that reaches the goal; None if none does."""
+        return next((i + 1 for i, rate in enumerate(self.rates[strength]) if rate >= goal), None)
 
 
 class PromptStreams(PromptTails):
@@ -87,68 +108,85 @@ class PromptStreams(PromptTails):
 def choose_edit(
     streams: PromptStreams, circuit: Circuit, bridges: BridgeSet, config: EditConfig
 ) -> Edit | None:
-    """The smallest edit that reaches the goal on training prompts by its indirect effect.
+    """The smallest edit that reaches the goal on training prompts; None: there is no node to move."""
+    return pick_edit(grow_edits(streams, circuit, bridges, config), bridges, config)
 
-    Sites are tried in the order of what all the circuit's nodes there can do together; at each, nodes
-    are added greedily until the goal or the largest size is reached. None: the circuit reads nothing.
-    """
-    at_sites: list[tuple[float, Edit]] = []
+
+def grow_edits(
+    streams: PromptStreams, circuit: Circuit, bridges: BridgeSet, config: EditConfig
+) -> list[Growth]:
+    """Node by node, at the sites where the best-ranked nodes together flip most training prompts."""
+    at_sites: list[tuple[float, Site, list[Node]]] = []
     for site in bridges.sites:
-        nodes = [node for node in circuit.nodes if node.address == site.read_address]
-        if nodes:
-            everything = Edit.from_nodes(sorted_nodes(nodes), site, bridges)
-            at_sites.append((sum(_training_rates(streams, everything, config)), everything))
+        if nodes := _movable(site, circuit, bridges, config):
+            ranked = rank_nodes(streams, Edit.from_nodes(nodes, site, bridges), config)[: config.candidates]
+            together = _indirect(streams, Edit.from_nodes(ranked[: config.max_size], site, bridges), config)
+            at_sites.append((sum(together.values()), site, ranked))
     at_sites.sort(key=lambda scored: -scored[0])
-    best: tuple[tuple[bool, int, float], Edit] | None = None
-    most = config.max_size
-    for _, everything in at_sites[: config.sites_tried]:
-        edit = _grow(streams, everything, bridges, config, most)
-        rates = _training_rates(streams, edit, config)
-        reached = max(rates) >= config.goal
-        score = (reached, -len(edit.nodes) if reached else 0, sum(rates))
-        if best is None or score > best[0]:
-            best = (score, edit)
+    return [
+        _grow(streams, site, ranked, bridges, config) for _, site, ranked in at_sites[: config.sites_tried]
+    ]
+
+
+def pick_edit(growths: Sequence[Growth], bridges: BridgeSet, config: EditConfig) -> Edit | None:
+    """The smallest that reaches the goal at the first strength sought, else at the next; else the largest
+    of the site where most prompts flip."""
+    if not growths:
+        return None
+    for strength in config.sought:
+        reached = [(size, g) for g in growths if (size := g.smallest(strength, config.goal)) is not None]
         if reached:
-            most = min(most, len(edit.nodes))  # a larger one cannot win
-    return best[1] if best else None
+            size, growth = min(reached, key=lambda found: found[0])
+            return Edit.from_nodes(growth.nodes[:size], growth.site, bridges)
+    growth = max(growths, key=lambda g: sum(rates[-1] for rates in g.rates.values()))
+    return Edit.from_nodes(growth.nodes, growth.site, bridges)
+
+
+def _movable(site: Site, circuit: Circuit, bridges: BridgeSet, config: EditConfig) -> list[Node]:
+    if config.nodes == "student":
+        width = bridges[site].decoder.in_features
+        return [Node(site.read_address, channel) for channel in range(width)]
+    return sorted_nodes([node for node in circuit.nodes if node.address == site.read_address])
 
 
 @torch.no_grad()
-def _training_rates(streams: PromptStreams, edit: Edit, config: EditConfig) -> list[float]:
-    """Indirect flip rates at half and at full strength."""
-    delta, top = streams.delta(edit), max(config.strengths)
-    return [streams.flip_rate(streams.differences(edit.site, s * delta)[1]) for s in (top / 2, top)]
+def _indirect(streams: PromptStreams, edit: Edit, config: EditConfig) -> dict[float, float]:
+    """Indirect flip rate on the prompts at every strength sought."""
+    delta = streams.delta(edit)
+    return {s: streams.flip_rate(streams.differences(edit.site, s * delta)[1]) for s in config.sought}
 
 
 @torch.no_grad()
 def _grow(
-    streams: PromptStreams, everything: Edit, bridges: BridgeSet, config: EditConfig, most: int
-) -> Edit:
-    """Add the node that moves the answers furthest, until the goal or `most` nodes.
+    streams: PromptStreams, site: Site, ranked: Sequence[Node], bridges: BridgeSet, config: EditConfig
+) -> Growth:
+    """Add the node that moves the answers furthest, until the goal at the first strength, or the most nodes.
 
     In the first round every candidate is tried, later those that moved them furthest when last tried.
     """
-    site, top = everything.site, max(config.strengths)
+    strength = config.sought[0]
     chosen: list[Node] = []
-    left = {node: math.inf for node in rank_nodes(streams, everything, config)[: config.candidates]}
+    rates: dict[float, list[float]] = {s: [] for s in config.sought}
+    left = {node: math.inf for node in ranked}
     right = streams.unedited.sigmoid().mean().item()  # mean probability of the right answer
 
-    def try_out(node: Node) -> Float[Tensor, " example"]:
+    def answered(node: Node) -> float:
         delta = streams.delta(Edit.from_nodes([*chosen, node], site, bridges))
-        return streams.differences(site, top * delta)[1]
+        return streams.differences(site, strength * delta)[1].sigmoid().mean().item()
 
-    while left and len(chosen) < most:
+    while left and len(chosen) < config.max_size:
         tried = sorted(left, key=lambda node: -left[node])[: config.tried if chosen else None]
-        results = {node: try_out(node) for node in tried}
-        answered = {node: difference.sigmoid().mean().item() for node, difference in results.items()}
-        left |= {node: right - answered[node] for node in tried}
-        best = min(tried, key=lambda node: answered[node])
+        results = {node: answered(node) for node in tried}
+        left |= {node: right - result for node, result in results.items()}
+        best = min(tried, key=lambda node: results[node])
         chosen.append(best)
         del left[best]
-        right = answered[best]
-        if streams.flip_rate(results[best]) >= config.goal:
+        right = results[best]
+        for s, rate in _indirect(streams, Edit.from_nodes(chosen, site, bridges), config).items():
+            rates[s].append(rate)
+        if rates[strength][-1] >= config.goal:
             break
-    return Edit.from_nodes(chosen, site, bridges)
+    return Growth(site, tuple(chosen), rates)
 
 
 @torch.enable_grad()
@@ -170,6 +208,63 @@ def rank_nodes(streams: PromptStreams, edit: Edit, config: EditConfig) -> list[N
         effect += ((gradient @ edit.directions.T) * change).sum((0, 1))
     order = torch.argsort(effect, stable=True).tolist()  # most negative first: towards the flip
     return [edit.nodes[index] for index in order]
+
+
+@torch.no_grad()
+def growth_facts(
+    growths: Sequence[Growth],
+    streams: PromptStreams,
+    circuit: Circuit,
+    bridges: BridgeSet,
+    config: EditConfig,
+) -> dict[str, object]:
+    """What every size does on these (held-out) prompts, and what all channels of the site do together.
+
+    `smallest` are the least sizes that reach the goal on training prompts, and what they do here.
+    """
+    rows = []
+    for growth in growths:
+        site = growth.site
+        sizes = [
+            _indirect(streams, Edit.from_nodes(growth.nodes[: i + 1], site, bridges), config)
+            for i in range(len(growth.nodes))
+        ]
+        width = bridges[site].decoder.in_features
+        everything = Edit.from_nodes([Node(site.read_address, c) for c in range(width)], site, bridges)
+        row = {
+            "site": str(site),
+            "nodes": [str(node) for node in growth.nodes],
+            "circuit": [str(node) for node in growth.nodes if node in circuit.nodes],
+            "everything": _indirect(streams, everything, config)[config.sought[0]],
+            "flip_rate_indirect": {f"{s:g}": [size[s] for size in sizes] for s in config.sought},
+        }
+        rows.append(row)
+    return {
+        "growth": rows,
+        "smallest": {f"{s:g}": _smallest(growths, rows, s, config) for s in config.sought},
+    }
+
+
+def _smallest(
+    growths: Sequence[Growth], rows: Sequence[Mapping[str, Any]], strength: float, config: EditConfig
+) -> dict[str, object]:
+    reached = [
+        (size, index)
+        for index, growth in enumerate(growths)
+        if (size := growth.smallest(strength, config.goal)) is not None
+    ]
+    if not reached:
+        return undefined(f"no edit of at most {config.max_size} nodes flips {config.goal:.0%} in training")
+    size, index = min(reached)
+    rate = rows[index]["flip_rate_indirect"][f"{strength:g}"][size - 1]
+    full = rows[index]["everything"]
+    return {
+        "size": size,
+        "site": rows[index]["site"],
+        "in_circuit": sum(name in rows[index]["circuit"] for name in rows[index]["nodes"][:size]),
+        "flip_rate_indirect": rate,
+        "share_of_everything": rate / full if full else undefined("all channels together flip nothing"),
+    }
 
 
 @torch.no_grad()

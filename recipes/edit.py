@@ -3,37 +3,45 @@
     accelerate launch recipes/edit.py --config recipes/python/edit.yaml
 
 Per circuit: nodes and site are chosen on training prompts by the indirect effect, then the edit is
-measured on held-out prompts. Reads student/, bridges/, circuits/ and evaluation.json of a run folder, writes
-edits/<task>/. With `ship.adapter` there is an adapter/ for PEFT in it, with `ship.merged` a whole checkpoint
-in merged/, both loaded again in a fresh process and compared with the live edit. An edit that does not meet
-`limits` is saved with the reasons, and neither shipped nor loaded, unless `force`.
+measured on held-out prompts, on held-out text and on the other tasks, and against what the student predicts;
+with `alternatives.enabled` beside plain directions and a LoRA at equal off-target KL. Reads student/,
+bridges/, circuits/ and evaluation.json of a run folder, writes edits/<task>/ and edits.md. With
+`ship.adapter` there is an adapter/ for PEFT in it, with `ship.merged` a whole checkpoint in merged/, both
+loaded again in a fresh process and compared with the live edit. An edit that does not meet `limits` is saved
+with the reasons, and neither shipped nor loaded, unless `force`.
 """
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from tqdm.auto import tqdm
 
-from bridges.bridge import BridgeSet
-from bridges.checkpoint import DenseConfig, check_same_tokenizer
-from bridges.choose import EditConfig, PromptStreams, choose_edit, measure_edit
+from bridges.alternatives import AlternativesConfig, compare_alternatives, plot_alternatives
+from bridges.audit import EditAuditConfig, audit_edit
+from bridges.checkpoint import DenseConfig
+from bridges.choose import EditConfig, grow_edits, growth_facts, measure_edit, pick_edit
 from bridges.crossing import Source
-from bridges.dense import DenseModel
-from bridges.edit import Edit, EditLimits, Hashes, add_facts, unmet_limits
+from bridges.edit import Edit, EditLimits, add_facts, unmet_limits
 from bridges.edit_adapter import export_adapter, export_merged
+from bridges.edit_table import edit_table
 from bridges.fresh import compare_exports
 from bridges.live import LiveEdit
 from bridges.low_rank import Prompts
-from extractor.artifacts import fingerprint, read_json, update_manifest
+from bridges.off_target import HeldOutText
+from bridges.run_models import RunModels
+from bridges.tails import PromptTails
+from extractor.artifacts import read_json, update_manifest
 from extractor.circuit import Circuit
 from extractor.config import Config, run_recipe
-from extractor.errors import InputError, UsageError
+from extractor.data import DataConfig, load_blocks
+from extractor.errors import UsageError
 from extractor.machine import fast_fp32, start_processes, use_all_cores
-from extractor.student import load_student
-from extractor.tasks import TaskBatch, encode_pairs, make_pairs
+from extractor.tasks import TaskBatch
 
 
 class ShipConfig(Config):
@@ -61,45 +69,36 @@ class EditRecipeConfig(Config):
     force: bool = False
     """Ship edits that do not meet the limits, too; the reasons stay in their files."""
     ship: ShipConfig = ShipConfig()
+    data: DataConfig = DataConfig()
+    """The run's own text: off-target effects are measured on its held-out part."""
+    text_blocks: int = Field(32, ge=2)
+    """Held-out blocks for off-target effects."""
+    audit: EditAuditConfig = EditAuditConfig()
+    alternatives: AlternativesConfig = AlternativesConfig()
     train_pairs: int = Field(32, ge=2)
     """Training pairs on which site and nodes are chosen."""
     held_out_pairs: int = Field(64, ge=2)
+    other_pairs: int = Field(16, ge=2)
+    """Held-out pairs of every other task, on which the edit should change nothing."""
     seed: int = 0
 
 
-class Models:
-    """Everything that edits are made with, loaded and checked once."""
+class Bench:
+    """The models of a run, and the text and the tasks on which an edit should change nothing."""
 
-    def __init__(self, config: EditRecipeConfig, circuits: list[Circuit], device: Any):
-        self.config, self.circuits = config, circuits
-        # an edit is one of the model itself, so it is chosen and measured in full precision
-        self.dense = DenseModel.from_pretrained(config.dense, device=device, plain=True)
-        self.student, self.tokenizer = load_student(config.run / "student", device)
-        name = str(config.run / "student")
-        check_same_tokenizer(self.tokenizer, name, self.dense.tokenizer, self.dense.name)
-        self.bridges = BridgeSet.from_pretrained(config.run / "bridges").to(device)
-        self.hashes = check_hashes(config, self.dense, circuits)
+    def __init__(self, config: EditRecipeConfig, device: torch.device):
+        self.config = config
+        self.models = RunModels(config.run, config.dense, device, config.seed)
         self.bridge_facts = read_json(config.run / "evaluation.json", "evaluation", "recipes/train.py")[
             "bridges"
         ]
-
-    def prompts(self, circuit: Circuit, split: str) -> TaskBatch:
-        config, count = (
-            self.config,
-            self.config.train_pairs if split == "train" else self.config.held_out_pairs,
-        )
-        pairs = make_pairs(
-            str(circuit.settings["prompts"]),
-            self.tokenizer,
-            split=split,
-            count=count,
-            seed=config.seed,
-            max_tokens=self.student.config.max_position_embeddings,
-        )
-        return encode_pairs(pairs, self.tokenizer).to(self.dense.device)
-
-    def streams(self, batch: TaskBatch) -> PromptStreams:
-        return PromptStreams(self.dense, self.student, self.bridges, batch, source=self.config.source)
+        wanted = 32 * config.text_blocks * config.data.context_length  # more than is read: from many files
+        blocks = load_blocks(config.data, self.models.tokenizer, "held_out", max_tokens=wanted)
+        self.text = HeldOutText(self.models.dense, *blocks.sample(config.text_blocks))
+        self.others = {
+            task: PromptTails(self.models.dense, self.models.prompts(circuit, "held_out", config.other_pairs))
+            for task, circuit in self.models.circuits.items()
+        }
 
 
 def main(config: EditRecipeConfig) -> None:
@@ -108,29 +107,75 @@ def main(config: EditRecipeConfig) -> None:
     use_all_cores()
     fast_fp32()
     state = start_processes()
-    models = Models(config, load_circuits(config), state.device)
-    mine = models.circuits[state.process_index :: state.num_processes]
+    bench = Bench(config, state.device)
+    circuits = bench.models.chosen(config.tasks)
+    mine = circuits[state.process_index :: state.num_processes]
     for circuit in (bar := tqdm(mine, desc="edit", disable=not state.is_main_process)):
-        bar.write(make_edit(models, circuit))
+        bar.write(make_edit(bench, circuit))
     state.wait_for_everyone()
     if state.is_main_process:
-        folders = [config.run / "edits" / circuit.task for circuit in models.circuits]
+        folders = [config.run / "edits" / circuit.task for circuit in circuits]
+        folders = [folder for folder in folders if folder.is_dir()]
+        found = [read_json(folder / "edit.json", "edit", "recipes/edit.py") for folder in folders]
+        (config.run / "edits.md").write_text(edit_table(found), encoding="utf-8")
         update_manifest(
             config.run,
             "edit",
-            inputs=vars(models.hashes),
-            outputs=[folder for folder in folders if folder.is_dir()],
+            inputs=vars(bench.models.hashes),
+            outputs=[config.run / "edits.md", *folders],
             config=config.model_dump(mode="json"),
         )
 
 
-def make_edit(models: Models, circuit: Circuit) -> str:
+def make_edit(bench: Bench, circuit: Circuit) -> str:
     """Choose, measure, save and ship one task's edit; returns the line that says what came of it."""
-    config, started = models.config, time.monotonic()
-    train, held_out = (models.prompts(circuit, split) for split in ("train", "held_out"))
-    chosen = choose_edit(models.streams(train), circuit, models.bridges, config.edit)
+    config, models, started = bench.config, bench.models, time.monotonic()
+    train = models.streams(models.prompts(circuit, "train", config.train_pairs), config.source)
+    held_out = models.streams(models.prompts(circuit, "held_out", config.held_out_pairs), config.source)
+    growths = grow_edits(train, circuit, models.bridges, config.edit)
+    chosen = pick_edit(growths, models.bridges, config.edit)
     if chosen is None:
         return f"{circuit.task}: the circuit reads no residual channel; no edit"
+    found = measure_edit(held_out, chosen, models.bridges, config.edit, config.seed)
+    found |= growth_facts(growths, held_out, circuit, models.bridges, config.edit)
+    others = {task: tails for task, tails in bench.others.items() if task != circuit.task}
+    found |= audit_edit(
+        chosen,
+        circuit,
+        train,
+        held_out,
+        models.student,
+        models.bridges,
+        bench.text,
+        others,
+        config.audit,
+        strengths=[strength for strength in config.edit.strengths if strength],
+        seed=config.seed,
+    )
+    folder = config.run / "edits" / circuit.task
+    edit = with_refusals(bench, chosen, found["off_target_kl"])
+    edit.save(folder, {"task": circuit.task, **found, "limits": config.limits.model_dump()})
+    if config.alternatives.enabled:
+        compared = compare_alternatives(
+            chosen,
+            train,
+            held_out,
+            bench.text,
+            models.student,
+            models.bridges,
+            config.alternatives,
+            config.seed,
+        )
+        add_facts(folder, {"alternatives": compared})
+        plot_alternatives(compared, folder / "alternatives.svg")
+    if config.ship.adapter and (config.force or not edit.refusals):
+        add_facts(folder, ship(bench, circuit, edit, folder, train.batch, held_out.batch))
+    return describe(circuit.task, edit, found, time.monotonic() - started)
+
+
+def with_refusals(bench: Bench, chosen: Edit, off_target_kl: Any) -> Edit:
+    """The chosen patch as an edit of these weights, with the limits that it does not meet."""
+    config, models = bench.config, bench.models
     edit = Edit.from_intervention(
         chosen.intervention.of_student(models.hashes.student_sha256),
         models.student,
@@ -138,21 +183,21 @@ def make_edit(models: Models, circuit: Circuit) -> str:
         source=config.source,
         hashes=models.hashes,
     )
-    edit = replace(edit, refusals=unmet_limits(edit, config.limits, models.bridge_facts))
-    found = measure_edit(models.streams(held_out), chosen, models.bridges, config.edit, config.seed)
-    folder = config.run / "edits" / circuit.task
-    edit.save(folder, {"task": circuit.task, **found, "limits": config.limits.model_dump()})
-    if config.ship.adapter and (config.force or not edit.refusals):
-        add_facts(folder, ship(models, circuit, edit, folder, train, held_out))
-    return describe(circuit.task, edit, found, time.monotonic() - started)
+    kl = off_target_kl if isinstance(off_target_kl, float) else math.nan  # undefined is refused
+    return replace(edit, refusals=unmet_limits(edit, config.limits, bench.bridge_facts, kl))
 
 
 def ship(
-    models: Models, circuit: Circuit, edit: Edit, folder: Path, train: TaskBatch, held_out: TaskBatch
+    bench: Bench, circuit: Circuit, edit: Edit, folder: Path, train: TaskBatch, held_out: TaskBatch
 ) -> dict[str, Any]:
     """Adapter and merged checkpoint of an edit, with what a fresh process makes of them."""
-    config, live = models.config.ship, LiveEdit(edit, models.dense, models.student)
-    others = [models.prompts(other, "train") for other in models.circuits if other is not circuit]
+    config, models = bench.config.ship, bench.models
+    live = LiveEdit(edit, models.dense, models.student)
+    others = [
+        models.prompts(other, "train", bench.config.train_pairs)
+        for other in models.circuits.values()
+        if other is not circuit
+    ]
     prompts = Prompts.of_task(held_out, live)
     facts = export_adapter(
         live,
@@ -165,32 +210,6 @@ def ship(
     if merged is not None:
         export_merged(live, folder / "adapter", merged)
     return {"adapter": facts | compare_exports(live, folder / "adapter", prompts, merged)}
-
-
-def load_circuits(config: EditRecipeConfig) -> list[Circuit]:
-    folder = config.run / "circuits"
-    names = config.tasks or sorted(path.stem for path in folder.glob("*.json"))
-    if not names:
-        raise InputError(f"no circuits in '{folder}'; recipes/extract.py writes them")
-    return [Circuit.load(folder / f"{name}.json") for name in names]
-
-
-def check_hashes(config: EditRecipeConfig, dense: DenseModel, circuits: list[Circuit]) -> Hashes:
-    """The weights everything belongs to; circuits or bridges of other weights are refused."""
-    student_sha256 = fingerprint(config.run / "student")
-    for circuit in circuits:
-        if circuit.student_sha256 != student_sha256:
-            raise InputError(
-                f"circuit '{circuit.task}' belongs to a student with weights "
-                f"{circuit.student_sha256[:12]}, this run has {student_sha256[:12]}; extract it again"
-            )
-    header = read_json(config.run / "bridges" / "bridges.json", "bridges", "recipes/train.py")
-    if header["dense_sha256"] != dense.sha256:
-        raise InputError(
-            f"the bridges in '{config.run}' were trained on a dense checkpoint with weights "
-            f"{header['dense_sha256'][:12]}, '{dense.name}' has {dense.sha256[:12]}"
-        )
-    return Hashes(dense.sha256, student_sha256, fingerprint(config.run / "bridges"))
 
 
 def describe(task: str, edit: Edit, found: dict[str, Any], seconds: float) -> str:

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, constants
 from bridges.cards import push, write_cards
 from extractor.artifacts import read_json
 from extractor.errors import InputError, UsageError
-from tests.recipes.test_recipes import EDIT, EXTRACT, TRAIN, run_in_process
+from tests.recipes.test_recipes import EDIT, EXTRACT, TRAIN, open_every_read, run_in_process
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,7 @@ def finished(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
         dense = ["--dense.path", tiny_checkpoint, "--run", run]
         run_in_process(monkeypatch, "train", *dense, *TRAIN)
         run_in_process(monkeypatch, "extract", "--run", run, *EXTRACT, "--tasks", "[with_as]")
+        open_every_read(run)
         run_in_process(monkeypatch, "edit", *dense, *EDIT)
     return run
 

@@ -37,7 +37,11 @@ EXTRACT = [
     "--controls.nonsense", "1", "--prune.steps", "10", "--prune.train_pairs", "16",
     "--prune.selection_pairs", "16", "--prune.pairs_per_step", "8",
 ]  # fmt: skip
-EDIT = ["--train_pairs", "8", "--held_out_pairs", "8", "--edit.control_draws", "1"]
+EDIT = [
+    *SMALL_TEXT, "--train_pairs", "8", "--held_out_pairs", "8", "--other_pairs", "4", "--text_blocks", "4",
+    "--edit.control_draws", "1", "--edit.max_size", "4", "--audit.prediction.nodes", "3",
+    "--audit.prediction.sets", "2", "--audit.prediction.pairs", "4",
+]  # fmt: skip
 
 
 def run_in_process(monkeypatch: pytest.MonkeyPatch, verb: str, *arguments: object) -> None:
@@ -93,7 +97,8 @@ def test_whole_job_leaves_every_artefact(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert names == {
         "config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "student", "bridges",
-        "circuits", "circuits.md", "thresholds.json", "edits", "report.json", "report.html", "README.md",
+        "circuits", "circuits.md", "thresholds.json", "edits", "edits.md", "report.json",
+        "report.html", "README.md",
     }  # fmt: skip
     for path in trained.rglob("*"):
         assert path.suffix not in {".bin", ".pkl", ".pt", ".pickle"}

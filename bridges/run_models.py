@@ -1,0 +1,97 @@
+"""What a finished run folder holds for those who compare both models: loaded once, checked once.
+
+The dense model is always the unquantised one: an edit is one of the model itself, so it is chosen and
+measured in full precision.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from bridges.bridge import BridgeSet
+from bridges.checkpoint import DenseConfig, check_same_tokenizer
+from bridges.choose import PromptStreams
+from bridges.crossing import Source
+from bridges.dense import DenseModel
+from bridges.edit import Hashes
+from extractor.artifacts import fingerprint, read_json
+from extractor.circuit import Circuit
+from extractor.errors import InputError
+from extractor.student import load_student
+from extractor.tasks import Pair, TaskBatch, encode_pairs, make_pairs
+
+Split = Literal["train", "selection", "held_out"]
+
+
+class RunModels:
+    """Dense model, student, bridges and circuits of a run.
+
+    Raises:
+        InputError: circuits or bridges that belong to other weights, another tokenizer.
+    """
+
+    def __init__(self, run: Path, dense: DenseConfig, device: torch.device, seed: int = 0):
+        self.run, self.seed = run, seed
+        self.dense = DenseModel.from_pretrained(dense, device=device, plain=True)
+        self.student, self.tokenizer = load_student(run / "student", device)
+        self.student.requires_grad_(False)
+        check_same_tokenizer(self.tokenizer, str(run / "student"), self.dense.tokenizer, self.dense.name)
+        self.bridges = BridgeSet.from_pretrained(run / "bridges").to(device)
+        self.circuits = load_circuits(run)
+        self.hashes = check_hashes(run, self.dense, self.circuits.values())
+
+    def chosen(self, tasks: tuple[str, ...]) -> list[Circuit]:
+        """The circuits of these tasks, or all.
+
+        Raises:
+            InputError: a task without a circuit.
+        """
+        if missing := [task for task in tasks if task not in self.circuits]:
+            raise InputError(
+                f"tasks: no circuit of '{missing[0]}' in '{self.run / 'circuits'}'; there are "
+                f"{', '.join(sorted(self.circuits))}"
+            )
+        return [self.circuits[task] for task in tasks or sorted(self.circuits)]
+
+    def pairs(self, circuit: Circuit, split: Split, count: int) -> list[Pair]:
+        limit = self.student.config.max_position_embeddings
+        task = str(circuit.settings["prompts"])
+        return make_pairs(task, self.tokenizer, split=split, count=count, seed=self.seed, max_tokens=limit)
+
+    def prompts(self, circuit: Circuit, split: Split, count: int) -> TaskBatch:
+        return encode_pairs(self.pairs(circuit, split, count), self.tokenizer).to(self.dense.device)
+
+    def streams(self, batch: TaskBatch, source: Source = "student") -> PromptStreams:
+        return PromptStreams(self.dense, self.student, self.bridges, batch, source=source)
+
+
+def load_circuits(run: Path) -> dict[str, Circuit]:
+    """All circuits of a run, by task.
+
+    Raises:
+        InputError: there are none.
+    """
+    circuits = [Circuit.load(path) for path in sorted((run / "circuits").glob("*.json"))]
+    if not circuits:
+        raise InputError(f"no circuits in '{run / 'circuits'}'; recipes/extract.py writes them")
+    return {circuit.task: circuit for circuit in circuits}
+
+
+def check_hashes(run: Path, dense: DenseModel, circuits: Iterable[Circuit]) -> Hashes:
+    """The weights everything belongs to; circuits or bridges of other weights are refused."""
+    student_sha256 = fingerprint(run / "student")
+    for circuit in circuits:
+        if circuit.student_sha256 != student_sha256:
+            raise InputError(
+                f"circuit '{circuit.task}' belongs to a student with weights "
+                f"{circuit.student_sha256[:12]}, this run has {student_sha256[:12]}; extract it again"
+            )
+    header = read_json(run / "bridges" / "bridges.json", "bridges", "recipes/train.py")
+    if header["dense_sha256"] != dense.sha256:
+        raise InputError(
+            f"the bridges in '{run}' were trained on a dense checkpoint with weights "
+            f"{header['dense_sha256'][:12]}, '{dense.name}' has {dense.sha256[:12]}"
+        )
+    return Hashes(dense.sha256, student_sha256, fingerprint(run / "bridges"))

@@ -1,0 +1,75 @@
+"""recipes/transfer.py, and what recipes/edit.py ships and compares on request, on a tiny student."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bridges.dense import DenseModel
+from bridges.monitor import Monitor
+from tests.recipes.test_recipes import EDIT, EXTRACT, SMALL_TEXT, TRAIN, open_every_read, run_in_process
+
+TRANSFER = [
+    *SMALL_TEXT, "--text_blocks", "8", "--shift_tokens", "16", "--train_pairs", "20",
+    "--held_out_pairs", "8", "--attacked_pairs", "4", "--image.random_subspaces", "2", "--image.pairs", "4",
+    "--image.other_pairs", "4", "--attack.candidates", "2", "--attack.spans", "1",
+    "--attack.random_edits", "1", "--attack.span_tokens", "4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("transfer") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        run_in_process(patch, "train", *TRAIN, "--run", run, "--dense.path", tiny_checkpoint)
+        run_in_process(patch, "extract", "--run", run, *EXTRACT)
+        open_every_read(run)
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_monitors_images_and_attacks_of_every_circuit(run: Path, tiny_checkpoint, monkeypatch) -> None:
+    run_in_process(monkeypatch, "transfer", *TRANSFER, "--run", run, "--dense.path", tiny_checkpoint)
+    table = (run / "transfer.md").read_text()
+    dense = DenseModel.from_pretrained(str(tiny_checkpoint), plain=True)
+    for task in ("with_as", "bracket_paren"):
+        assert f"| `{task}` |" in table
+        found = json.loads((run / "transfer" / f"{task}.json").read_text())
+        monitor = Monitor.load(run / "monitors" / task, dense)
+        assert [str(node) for node in monitor.nodes] == found["monitor"]["nodes"]
+        assert set(found["monitor"]["prompts"]) == {"held_out", "shifted"}
+        # all that the student reads spans the stream: nothing is left for a random subspace of that size
+        assert "undefined" in found["image"]["random_subspaces"]
+        assert set(found["attacks"]) >= {"distractor", "dilution"}
+    manifest = json.loads((run / "manifest.json").read_text())["transfer"]["outputs"]
+    assert {"transfer.md", "transfer/with_as.json", "monitors/with_as/monitor.json"} <= set(manifest)
+
+
+def test_a_task_without_a_circuit_is_refused(run: Path, tiny_checkpoint, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_in_process(
+            monkeypatch, "transfer", "--run", run, "--dense.path", tiny_checkpoint, "--tasks", "[else_elif]"
+        )
+    assert ended.value.code == 3
+    assert "no circuit of 'else_elif'" in capsys.readouterr().err.splitlines()[-1]
+    assert not (run / "transfer").exists()
+
+
+def test_an_edit_ships_as_adapter_and_is_compared(run: Path, tiny_checkpoint, monkeypatch) -> None:
+    options = ["--tasks", "[with_as]", "--ship.adapter", "true", "--ship.merged", "true", "--force", "true"]
+    options += ["--alternatives.enabled", "true", "--alternatives.limits", "[0.01, 0.1]"]
+    options += ["--alternatives.lora.steps", "2", "--alternatives.channels_tried", "2"]
+    run_in_process(monkeypatch, "edit", *EDIT, *options, "--run", run, "--dense.path", tiny_checkpoint)
+    folder = run / "edits" / "with_as"
+    edit = json.loads((folder / "edit.json").read_text())
+    assert edit["adapter"]["base_when_disabled"] is True
+    assert (folder / "adapter" / "adapter_config.json").is_file()
+    assert (folder / "merged" / "model.safetensors").is_file()
+    assert set(edit["alternatives"]["methods"]) >= {"edit", "difference of means", "LoRA"}
+    assert len(edit["growth"][0]["flip_rate_indirect"]["1"]) == len(edit["growth"][0]["nodes"])
+    assert "| `with_as` |" in (run / "edits.md").read_text()
