@@ -4,15 +4,13 @@ All point from the prompts that are edited towards the other answer. They are wh
 has to be compared with, and none needs the student.
 """
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.optimize import minimize
-from scipy.special import expit
 from torch import Tensor, nn
 
 from bridges.flip_curves import inside, select_prompts
 from bridges.hooks import hooked
+from bridges.readout import ridge_logistic
 from bridges.steering import Direction, class_means, half, told_apart
 from bridges.tails import PromptTails
 from extractor.sites import Site
@@ -34,20 +32,11 @@ def probe_direction(
     resid = tails.resid[site].float()
     if tails.dense.removes_mean:
         resid = resid - resid.mean(-1, keepdim=True)
-    features = torch.einsum("es,esd->ed", told_apart(tails.batch, resid), resid).double().cpu().numpy()
-    features -= features.mean(0)
-    features /= np.sqrt(np.square(features).sum(1).mean())
-    sign = np.where(half(tails.batch, direction).cpu().numpy(), 1.0, -1.0)
-
-    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        margin = sign * (features @ weights[:-1] + weights[-1])
-        slope = -sign * expit(-margin) / len(sign)
-        shrunk = np.append(weights[:-1], 0.0)  # the intercept is free
-        gradient = np.append(slope @ features, slope.sum()) + l2 * shrunk
-        return np.logaddexp(0, -margin).mean() + l2 / 2 * shrunk @ shrunk, gradient
-
-    fitted = minimize(loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B")
-    return -torch.tensor(fitted.x[:-1], device=resid.device).float()
+    features = torch.einsum("es,esd->ed", told_apart(tails.batch, resid), resid).double()
+    features = features - features.mean(0)
+    features = features / features.square().sum(1).mean().sqrt()
+    weights = ridge_logistic(features, half(tails.batch, direction), l2 * len(features))
+    return -weights.float()
 
 
 def best_channel(

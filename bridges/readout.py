@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.optimize import minimize
+from scipy.special import expit
 from torch import Tensor, nn
 
 from bridges.dense import DenseModel
@@ -113,25 +114,31 @@ def difference_of_means(streams: Float[Tensor, "example d_dense"]) -> LinearProb
 
 
 def logistic_probe(streams: Float[Tensor, "example d_dense"], ridge: float) -> LinearProbe:
-    """Ridge logistic regression on standardised channels, to convergence.
+    """Ridge logistic regression on standardised channels."""
+    mean, deviation = streams.double().mean(0), streams.double().std(0, correction=0)
+    deviation = torch.where(deviation > 1e-9 * deviation.max(), deviation, torch.inf)
+    inputs = (streams.double() - mean) / deviation
+    is_clean = torch.arange(len(inputs), device=inputs.device) < len(inputs) // 2
+    return LinearProbe(ridge_logistic(inputs, is_clean, ridge) / deviation)
+
+
+def ridge_logistic(
+    inputs: Float[Tensor, "example d"], is_first: Bool[Tensor, " example"], ridge: float
+) -> Float[Tensor, " d"]:
+    """Weights, to convergence, for telling the first class from the other; the intercept is free.
 
     The loss is the sum of cross-entropies in nats plus `ridge`/2 times the squared norm of the weights.
     """
-    mean, deviation = streams.double().mean(0), streams.double().std(0, correction=0)
-    deviation = torch.where(deviation > 1e-9 * deviation.max(), deviation, torch.inf)
-    inputs = ((streams.double() - mean) / deviation).cpu().numpy()
-    half = len(inputs) // 2
-    side = np.concatenate([np.ones(half), -np.ones(half)])
+    rows = inputs.double().cpu().numpy()
+    side = np.where(is_first.cpu().numpy(), 1.0, -1.0)
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         weights, bias = parameters[:-1], parameters[-1]
-        margin = side * (inputs @ weights + bias)
-        pull = -side * np.exp(-np.logaddexp(0, margin))  # gradient of each example's loss by its output
-        gradient = np.append(pull @ inputs + ridge * weights, pull.sum())
+        margin = side * (rows @ weights + bias)
+        pull = -side * expit(-margin)  # gradient of each example's loss by its output
+        gradient = np.append(pull @ rows + ridge * weights, pull.sum())
         return np.logaddexp(0, -margin).sum() + ridge / 2 * weights @ weights, gradient
 
-    found = minimize(
-        loss, np.zeros(inputs.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 1000}
-    )
-    weights = torch.from_numpy(found.x[:-1]).to(streams.device)
-    return LinearProbe(weights / deviation)
+    start = np.zeros(rows.shape[1] + 1)
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000})
+    return torch.from_numpy(found.x[:-1]).to(inputs.device)

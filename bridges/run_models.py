@@ -34,12 +34,12 @@ class RunModels:
 
     def __init__(self, run: Path, dense: DenseConfig, device: torch.device, seed: int = 0):
         self.run, self.seed = run, seed
+        self.circuits = load_circuits(run)
         self.dense = DenseModel.from_pretrained(dense, device=device, plain=True)
         self.student, self.tokenizer = load_student(run / "student", device)
         self.student.requires_grad_(False)
         check_same_tokenizer(self.tokenizer, str(run / "student"), self.dense.tokenizer, self.dense.name)
         self.bridges = BridgeSet.from_pretrained(run / "bridges").to(device)
-        self.circuits = load_circuits(run)
         self.hashes = check_hashes(run, self.dense, self.circuits.values())
 
     def chosen(self, tasks: tuple[str, ...]) -> list[Circuit]:

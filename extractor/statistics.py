@@ -114,7 +114,7 @@ def permutation_p(
     Holm over 20 tasks takes 400 controls at least to reach 0.05.
     """
     if not controls:
-        return undefined("no random circuits were measured")
+        return undefined("no random controls were measured")
     sign = 1 if better == "greater" else -1
     return (1 + sum(sign * (other - value) >= -TIE for other in controls)) / (1 + len(controls))
 
@@ -124,7 +124,7 @@ def percentile(
 ) -> float | dict[str, str]:
     """Percentage of the controls that are worse; ties count half."""
     if not controls:
-        return undefined("no random circuits were measured")
+        return undefined("no random controls were measured")
     sign = 1 if better == "greater" else -1
     worse = sum(sign * (other - value) < -TIE for other in controls)
     ties = sum(abs(other - value) <= TIE for other in controls)

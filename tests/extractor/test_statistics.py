@@ -108,6 +108,6 @@ def test_percentile_halves_ties() -> None:
 def test_holm_by_hand() -> None:
     adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03})
     assert adjusted == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
-    reason = {"undefined": "no random circuits were measured"}
+    reason = {"undefined": "no random controls were measured"}
     assert holm({"a": 0.02, "b": reason}) == {"a": 0.04, "b": reason}
     assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}

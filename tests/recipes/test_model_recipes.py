@@ -28,7 +28,7 @@ PARAMETERS = {
 }
 CONFIGS = {
     "train": "TrainConfig", "extract": "ExtractConfig", "edit": "EditRecipeConfig", "audit": "AuditConfig",
-    "pretrain": "PretrainConfig",
+    "pretrain": "PretrainConfig", "transfer": "TransferConfig",
 }  # fmt: skip
 YAMLS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
 
