@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from bridges.bridge import BridgeSet
 from bridges.dense import DenseModel
+from bridges.edit import Hashes
 from bridges.hooks import hooked
 from bridges.reading import BridgeReader, ReadSettings
 from bridges.readout import auroc, last_streams, separation
@@ -54,12 +55,9 @@ class MonitorConfig(Config):
 
 
 @dataclass(frozen=True)
-class MonitorHashes:
+class MonitorHashes(Hashes):
     """SHA-256 of what a monitor belongs to."""
 
-    dense_sha256: str = "none"
-    student_sha256: str = "none"
-    bridges_sha256: str = "none"
     circuit_sha256: str = "none"
 
 
@@ -175,7 +173,7 @@ class Monitor:
         Raises:
             InputError: missing or damaged files, or another base checkpoint.
         """
-        header = read_json(folder / "monitor.json", "monitor", "recipes/edit.py")
+        header = read_json(folder / "monitor.json", "monitor", "recipes/transfer.py")
         if header.get("dense_sha256") != dense.sha256:
             raise InputError(
                 f"monitor '{folder}' was made for a dense checkpoint with weights "

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.checkpoint import DenseConfig, check_same_tokenizer
@@ -18,11 +20,13 @@ from bridges.dense import DenseModel
 from bridges.edit import Hashes
 from extractor.artifacts import fingerprint, read_json
 from extractor.circuit import Circuit
+from extractor.data import DataConfig, load_blocks
 from extractor.errors import InputError
 from extractor.student import load_student
 from extractor.tasks import Pair, TaskBatch, encode_pairs, make_pairs
 
 Split = Literal["train", "selection", "held_out"]
+TextBlocks = tuple[Int[Tensor, "block token"], Int[Tensor, "block token"] | None]
 
 
 class RunModels:
@@ -62,6 +66,12 @@ class RunModels:
 
     def prompts(self, circuit: Circuit, split: Split, count: int) -> TaskBatch:
         return encode_pairs(self.pairs(circuit, split, count), self.tokenizer).to(self.dense.device)
+
+    def text(self, data: DataConfig, split: Literal["train", "held_out"], count: int) -> TextBlocks:
+        """Blocks from many files, and where documents are kept apart their positions."""
+        wanted = 32 * count * data.context_length  # more than is read
+        ids, position_ids = load_blocks(data, self.tokenizer, split, max_tokens=wanted).sample(count)
+        return ids.to(self.dense.device), position_ids
 
     def streams(self, batch: TaskBatch, source: Source = "student") -> PromptStreams:
         return PromptStreams(self.dense, self.student, self.bridges, batch, source=source)

@@ -35,10 +35,10 @@ from bridges.low_rank import Prompts
 from bridges.off_target import HeldOutText
 from bridges.run_models import RunModels
 from bridges.tails import PromptTails
-from extractor.artifacts import read_json, update_manifest
+from extractor.artifacts import read_json, remove_folder, update_manifest
 from extractor.circuit import Circuit
 from extractor.config import Config, run_recipe
-from extractor.data import DataConfig, load_blocks
+from extractor.data import DataConfig
 from extractor.errors import UsageError
 from extractor.machine import fast_fp32, start_processes, use_all_cores
 from extractor.tasks import TaskBatch
@@ -92,9 +92,8 @@ class Bench:
         self.bridge_facts = read_json(config.run / "evaluation.json", "evaluation", "recipes/train.py")[
             "bridges"
         ]
-        wanted = 32 * config.text_blocks * config.data.context_length  # more than is read: from many files
-        blocks = load_blocks(config.data, self.models.tokenizer, "held_out", max_tokens=wanted)
-        self.text = HeldOutText(self.models.dense, *blocks.sample(config.text_blocks))
+        held_out = self.models.text(config.data, "held_out", config.text_blocks)
+        self.text = HeldOutText(self.models.dense, *held_out)
         self.others = {
             task: PromptTails(self.models.dense, self.models.prompts(circuit, "held_out", config.other_pairs))
             for task, circuit in self.models.circuits.items()
@@ -134,7 +133,9 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
     held_out = models.streams(models.prompts(circuit, "held_out", config.held_out_pairs), config.source)
     growths = grow_edits(train, circuit, models.bridges, config.edit)
     chosen = pick_edit(growths, models.bridges, config.edit)
+    folder = config.run / "edits" / circuit.task
     if chosen is None:
+        remove_folder(folder)  # what an earlier circuit gave is not this one's
         return f"{circuit.task}: the circuit reads no residual channel; no edit"
     found = measure_edit(held_out, chosen, models.bridges, config.edit, config.seed)
     found |= growth_facts(growths, held_out, circuit, models.bridges, config.edit)
@@ -152,7 +153,6 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
         strengths=[strength for strength in config.edit.strengths if strength],
         seed=config.seed,
     )
-    folder = config.run / "edits" / circuit.task
     edit = with_refusals(bench, chosen, found["off_target_kl"])
     edit.save(folder, {"task": circuit.task, **found, "limits": config.limits.model_dump()})
     if config.alternatives.enabled:

@@ -27,7 +27,7 @@ from bridges.transfer_table import transfer_table
 from extractor.artifacts import SCHEMA_VERSION, file_sha256, read_json, update_manifest, write_json
 from extractor.circuit import Circuit
 from extractor.config import Config, run_recipe
-from extractor.data import DataConfig, load_blocks
+from extractor.data import DataConfig
 from extractor.errors import InputError
 from extractor.machine import fast_fp32, start_processes, use_all_cores
 from extractor.masks import mean_activations
@@ -61,11 +61,8 @@ class Bench:
     def __init__(self, config: TransferConfig, device: torch.device):
         self.config = config
         self.models = RunModels(config.run, config.dense, device, config.seed)
-        wanted = 32 * config.text_blocks * config.data.context_length  # more than is read: from many files
         self.text = {
-            split: load_blocks(config.data, self.models.tokenizer, split, max_tokens=wanted)
-            .sample(config.text_blocks)[0]
-            .to(device)
+            split: self.models.text(config.data, split, config.text_blocks)[0]
             for split in ("train", "held_out")
         }
         self.means = mean_activations(self.models.student, self.text["train"])

@@ -47,7 +47,11 @@ EDIT = [
 def run_in_process(monkeypatch: pytest.MonkeyPatch, verb: str, *arguments: object) -> None:
     AcceleratorState._reset_state()  # the precision of an earlier recipe in this process
     monkeypatch.setattr(sys, "argv", [f"{verb}.py", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "recipes" / f"{verb}.py"), run_name="__main__")
+    precision = torch.get_float32_matmul_precision()
+    try:
+        runpy.run_path(str(ROOT / "recipes" / f"{verb}.py"), run_name="__main__")
+    finally:
+        torch.set_float32_matmul_precision(precision)  # last bits of the tests that follow hang on it
 
 
 def open_every_read(run: Path) -> None:
