@@ -5,6 +5,7 @@ measured in full precision.
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +21,9 @@ from bridges.dense import DenseModel
 from bridges.edit import Hashes
 from extractor.artifacts import fingerprint, read_json
 from extractor.circuit import Circuit
-from extractor.data import DataConfig, load_blocks
+from extractor.data import DataConfig, TokenBlocks, load_blocks
 from extractor.errors import InputError
+from extractor.masks import load_means
 from extractor.student import load_student
 from extractor.tasks import Pair, TaskBatch, encode_pairs, make_pairs
 
@@ -36,9 +38,17 @@ class RunModels:
         InputError: circuits or bridges that belong to other weights, another tokenizer.
     """
 
-    def __init__(self, run: Path, dense: DenseConfig, device: torch.device, seed: int = 0):
+    def __init__(
+        self,
+        run: Path,
+        dense: DenseConfig,
+        device: torch.device,
+        seed: int = 0,
+        *,
+        needs_circuits: bool = True,
+    ):
         self.run, self.seed = run, seed
-        self.circuits = load_circuits(run)
+        self.circuits = load_circuits(run) if needs_circuits or any(circuit_files(run)) else {}
         self.dense = DenseModel.from_pretrained(dense, device=device, plain=True)
         self.student, self.tokenizer = load_student(run / "student", device)
         self.student.requires_grad_(False)
@@ -59,6 +69,31 @@ class RunModels:
             )
         return [self.circuits[task] for task in tasks or sorted(self.circuits)]
 
+    @cached_property
+    def means(self) -> dict[str, Tensor]:
+        """What ablated nodes carried when the circuits were found, by address.
+
+        Raises:
+            InputError: missing, or not those of this student or of every circuit.
+        """
+        path = self.run / "circuits" / "means.safetensors"
+        means, facts = load_means(path, self.dense.device)
+        for circuit in self.circuits.values():
+            own = circuit.hashes.get("train_text_sha256", facts.get("train_text_sha256"))
+            stated = facts.get("student_sha256"), facts.get("train_text_sha256")
+            if stated != (circuit.student_sha256, own):
+                raise InputError(
+                    f"circuit '{circuit.task}' was found with other means than those in '{path}'; "
+                    "recipes/extract.py finds it again"
+                )
+        return means
+
+    def carried(self, circuit: Circuit) -> dict[str, Tensor]:
+        """What the circuit's closed nodes carry: means, or zeros where it was found with those."""
+        if circuit.settings.get("ablation") == "zero":
+            return {address: torch.zeros_like(mean) for address, mean in self.means.items()}
+        return self.means
+
     def pairs(self, circuit: Circuit, split: Split, count: int) -> list[Pair]:
         limit = self.student.config.max_position_embeddings
         task = str(circuit.settings["prompts"])
@@ -73,8 +108,30 @@ class RunModels:
         ids, position_ids = load_blocks(data, self.tokenizer, split, max_tokens=wanted).sample(count)
         return ids.to(self.dense.device), position_ids
 
+    def first_text(self, data: DataConfig, split: Literal["train", "held_out"], count: int) -> Tensor:
+        """The first blocks of the text, as recipes/extract.py takes means over them."""
+        wanted = count * data.context_length
+        return load_blocks(data, self.tokenizer, split, max_tokens=wanted).first(count).to(self.dense.device)
+
     def streams(self, batch: TaskBatch, source: Source = "student") -> PromptStreams:
         return PromptStreams(self.dense, self.student, self.bridges, batch, source=source)
+
+
+def run_text(
+    data: DataConfig, dense: DenseModel, max_train_tokens: int, eval_blocks: int
+) -> tuple[TokenBlocks, TokenBlocks]:
+    """Training and held-out blocks of a run; no held-out block is also a training block."""
+    if data.separate_documents:
+        dense.check_documents_apart()
+    limits = {"max_context": getattr(dense.config, "max_position_embeddings", None)}
+    train = load_blocks(data, dense.tokenizer, "train", max_tokens=max_train_tokens, **limits)
+    wanted = eval_blocks * data.context_length
+    held_out = load_blocks(data, dense.tokenizer, "held_out", max_tokens=wanted, apart_from=train, **limits)
+    return train, held_out
+
+
+def circuit_files(run: Path) -> list[Path]:
+    return sorted((run / "circuits").glob("*.json"))
 
 
 def load_circuits(run: Path) -> dict[str, Circuit]:
@@ -83,7 +140,7 @@ def load_circuits(run: Path) -> dict[str, Circuit]:
     Raises:
         InputError: there are none.
     """
-    circuits = [Circuit.load(path) for path in sorted((run / "circuits").glob("*.json"))]
+    circuits = [Circuit.load(path) for path in circuit_files(run)]
     if not circuits:
         raise InputError(f"no circuits in '{run / 'circuits'}'; recipes/extract.py writes them")
     return {circuit.task: circuit for circuit in circuits}

@@ -51,6 +51,8 @@ class EvidenceConfig(Config):
 
     random_circuits: int = Field(100, ge=0)
     """Random circuits of the same size at every address; n of them give a p of 1 / (n + 1) at least."""
+    random_removed: int = Field(100, ge=0)
+    """Of these, how many are also taken out of the whole student, which costs much more than one alone."""
     random_pairs: int = Field(32, ge=1)
     """Held-out pairs on which random circuits, and the circuit beside them, are measured."""
     ablations: tuple[Ablation, ...] = Field(("mean", "resample", "zero"), min_length=1)
@@ -156,7 +158,13 @@ def gather_evidence(
         "ablation": bench.own,
         "templates": by_template(held_out, whole, circuit.calibration(alone)),
         "random_circuits": random_controls(
-            student, circuit, few, bench.carried, config.random_circuits, config.seed
+            student,
+            circuit,
+            few,
+            bench.carried,
+            config.random_circuits,
+            config.random_removed,
+            config.seed,
         ),
         "adversary": attack(student, circuit, selection, held_out, bench.carried, config.adversary),
     }

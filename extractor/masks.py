@@ -4,13 +4,18 @@ A node is kept where tau > 0; else it carries its mean over training text (mean 
 activation at a random token of that text (resample ablation). (Gao et al. 2025, section 2.2, appendix A.5.)
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from extractor.errors import InputError
 from extractor.sites import Node, Recorder, Tap, node_addresses
 from extractor.student import Student
 from extractor.student_config import StudentConfig
@@ -32,6 +37,34 @@ def mean_activations(student: Student, blocks: Tensor, batch: int = 16) -> dict[
             total = recorder[address].float().sum((0, 1))
             sums[address] = sums[address] + total if address in sums else total
     return {address: total / blocks.numel() for address, total in sums.items()}
+
+
+def save_means(path: Path, means: Means, facts: Mapping[str, str]) -> None:
+    """What ablated nodes carry, beside the circuits that were found with it: it is part of what they are.
+
+    Circuits computed with means of other text are other models, and may not do their task. `facts` (the
+    hashes of student and text) go into the file's metadata.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    whole = {address: mean.cpu().contiguous() for address, mean in means.items()}
+    save_file(whole, temporary, metadata={"format": "pt", **facts})
+    os.replace(temporary, path)
+
+
+def load_means(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Means and facts of a file of `save_means`.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"means '{path}' cannot be read ({error}); recipes/extract.py writes them with the circuits"
+        ) from None
 
 
 class Bank:

@@ -2,7 +2,8 @@
 
 import random
 from collections import Counter
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from extractor.masks import Means, live_channels
 from extractor.packed import Chunks
 from extractor.sites import Node, Tap
 from extractor.smallest import calibrate
-from extractor.statistics import percentile, permutation_p
+from extractor.statistics import percentile, permutation_p, undefined
 from extractor.student import Student
 from extractor.tasks import accuracy, two_way_loss
 
@@ -50,15 +51,19 @@ def random_controls(
     packed: Chunks,
     means: Means,
     count: int,
+    removed: int,
     seed: int,
 ) -> dict[str, Any]:
     """Sufficiency (loss alone, nats) and necessity (fall of the mean logit difference when removed) of
     random circuits and, on the same prompts, of the circuit.
 
-    Random circuits keep all weights between their nodes. They are calibrated on the very prompts they are
-    measured on, or as the circuit is, whichever favours them; the circuit keeps its own calibration.
+    Only the first `removed` of the `count` circuits are measured for necessity: alone a circuit is a small
+    model, without it the whole student runs. Random circuits keep all weights between their nodes. They are
+    calibrated on the very prompts they are measured on, or as the circuit is, whichever favours them; the
+    circuit keeps its own calibration.
     """
-    facts: dict[str, Any] = {"count": count, "num_prompts": len(packed.prompts)}
+    removed = min(count, removed)
+    facts: dict[str, Any] = {"count": count, "count_removed": removed, "num_prompts": len(packed.prompts)}
     if count == 0:
         return facts
     whole = packed.differences(student)[0].mean().item()
@@ -66,15 +71,13 @@ def random_controls(
     loss = two_way_loss(alone).item()
     drop = whole - packed.differences(student, remove_nodes(circuit.nodes, means))[0].mean().item()
     rng = random.Random(seed)
-    measured: dict[frozenset[Node], Control] = {}  # a circuit of all nodes has one random circuit alone
-    controls = []
-    for _ in range(count):
-        nodes = random_nodes(circuit.nodes, means, rng)
-        if nodes not in measured:
-            measured[nodes] = _measure(student, circuit, nodes, packed, means)
-        controls.append(measured[nodes])
-    losses, accuracies, withouts, accuracies_without = zip(*controls, strict=True)
-    drops = [whole - without for without in withouts]
+    drawn = [random_nodes(circuit.nodes, means, rng) for _ in range(count)]
+    # a circuit of all nodes has one random circuit alone
+    kept = {nodes: _measure_alone(student, circuit, nodes, packed, means) for nodes in set(drawn)}
+    losses, accuracies = zip(*(kept[nodes] for nodes in drawn), strict=True)
+    left = {nodes: _measure_without(student, nodes, packed, means) for nodes in set(drawn[:removed])}
+    drops = [whole - left[nodes].difference for nodes in drawn[:removed]]
+    accuracies_without = [left[nodes].accuracy for nodes in drawn[:removed]]
     return facts | {
         "loss": loss,
         "loss_mean": sum(losses) / count,
@@ -84,33 +87,43 @@ def random_controls(
         "sufficiency_percentile": percentile(loss, losses, "less"),
         "sufficiency_p": permutation_p(loss, losses, "less"),
         "drop": drop,
-        "drop_mean": sum(drops) / count,
-        "drop_max": max(drops),
-        "accuracy_without_mean": sum(accuracies_without) / count,
-        "accuracy_without_min": min(accuracies_without),
         "necessity_percentile": percentile(drop, drops, "greater"),
         "necessity_p": permutation_p(drop, drops, "greater"),
+        **_summary("drop", drops, "max"),
+        **_summary("accuracy_without", accuracies_without, "min"),
     }
 
 
-class Control(NamedTuple):
-    """One random circuit: loss and accuracy alone; mean logit difference and accuracy without it."""
+def _summary(name: str, values: Sequence[float], end: Literal["min", "max"]) -> dict[str, Any]:
+    """Mean and one end; undefined where nothing was measured."""
+    if not values:
+        return {f"{name}_{key}": undefined("no random circuits were removed") for key in ("mean", end)}
+    extreme = max(values) if end == "max" else min(values)
+    return {f"{name}_mean": sum(values) / len(values), f"{name}_{end}": extreme}
+
+
+class Alone(NamedTuple):
+    """A random circuit alone."""
 
     loss: float
     accuracy: float
-    without: float
-    accuracy_without: float
 
 
-def _measure(
+class Without(NamedTuple):
+    """The student without a random circuit: mean logit difference, accuracy."""
+
+    difference: float
+    accuracy: float
+
+
+def _measure_alone(
     student: Student, circuit: Circuit, nodes: frozenset[Node], packed: Chunks, means: Means
-) -> Control:
+) -> Alone:
     kept = packed.differences(CompactStudent(student, live_channels(nodes), means))[0]
     choices = [calibration(kept) for calibration in (calibrate(kept), circuit.calibration)]
+    return Alone(min(two_way_loss(choice).item() for choice in choices), max(map(accuracy, choices)))
+
+
+def _measure_without(student: Student, nodes: frozenset[Node], packed: Chunks, means: Means) -> Without:
     without = packed.differences(student, remove_nodes(nodes, means))[0]
-    return Control(
-        min(two_way_loss(choice).item() for choice in choices),
-        max(map(accuracy, choices)),
-        without.mean().item(),
-        accuracy(without),
-    )
+    return Without(without.mean().item(), accuracy(without))

@@ -3,7 +3,8 @@
     accelerate launch recipes/extract.py --config recipes/python/extract.yaml --tasks "[with_as, if_equals]"
 
 Reads student/ of a run folder. Writes thresholds.json before anything is looked for, then
-circuits/<task>.json, circuits/<task>/ (what each node means, graphs) and circuits.md (the table).
+circuits/means.safetensors (what ablated nodes carry), circuits/<task>.json, circuits/<task>/ (what each node
+means, graphs) and circuits.md (the table).
 With several processes the tasks are shared out. A circuit that is there, from the same student, prompts,
 settings and code, is not looked for again.
 """
@@ -46,7 +47,7 @@ from extractor.controls import (
 from extractor.data import DataConfig, load_blocks
 from extractor.evidence import EvidenceConfig, gather_evidence
 from extractor.machine import fast_fp32, start_processes, use_all_cores
-from extractor.masks import Bank, Means, mean_activations
+from extractor.masks import Bank, Means, mean_activations, save_means
 from extractor.meaning import describe_nodes
 from extractor.neuronpedia import neuronpedia_graph
 from extractor.prune import PruneConfig, Search, finish_circuit, search_masks, task_settings
@@ -129,9 +130,11 @@ def main(config: ExtractConfig) -> None:
     refuse_unknown_tasks(config.tasks)
     subject, text_digest = load_subject(config, state.device)
     prompts = {task_label(task): prompts_of(task, subject, config) for task in config.tasks}
+    folder = config.run / "circuits"
     if state.is_main_process:
         config.thresholds.fix(config.run / "thresholds.json")
-    folder = config.run / "circuits"
+        facts = {"student_sha256": subject.sha256, "train_text_sha256": text_digest}
+        save_means(folder / "means.safetensors", subject.means, facts)
     hashes = work_hashes(config, subject, text_digest, prompts)
     mine = config.tasks[state.process_index :: state.num_processes]
     for name in (bar := tqdm(mine, desc="extract", disable=not state.is_main_process)):
@@ -325,7 +328,12 @@ def write_summary(config: ExtractConfig, tasks: list[str], subject: Subject, tex
         config.run,
         "extract",
         inputs={"student": {"sha256": subject.sha256}, "train_text_sha256": text_digest},
-        outputs=[config.run / "thresholds.json", *(folder / f"{task}.json" for task in tasks), *extras],
+        outputs=[
+            config.run / "thresholds.json",
+            folder / "means.safetensors",
+            *(folder / f"{task}.json" for task in tasks),
+            *extras,
+        ],
         config=config.model_dump(mode="json"),
     )
 

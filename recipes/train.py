@@ -39,6 +39,7 @@ from bridges.evaluate import (
 )
 from bridges.hub import resolve_folder
 from bridges.plan import describe, plan
+from bridges.run_models import run_text
 from bridges.warm_start import StudentShape, make_student
 from extractor.artifacts import (
     SCHEMA_VERSION,
@@ -56,7 +57,7 @@ from extractor.checkpoints import (
     save_checkpoint,
 )
 from extractor.config import Config, dump_config, run_recipe
-from extractor.data import DataConfig, TokenBlocks, load_blocks
+from extractor.data import DataConfig, TokenBlocks
 from extractor.errors import UsageError
 from extractor.machine import Precision, fast_fp32, mixed_precision, start_processes, to_device, use_all_cores
 from extractor.neurons import dead_neurons, revive_
@@ -134,7 +135,7 @@ def main(config: TrainConfig) -> None:
     is_sharded = config.dense.placement == "shard" and accelerator.num_processes > 1
     refuse_combinations(config, is_sharded)
     dense = DenseModel.from_pretrained(config.dense, device=accelerator.device)
-    train, held_out = load_text(config, dense)
+    train, held_out = run_text(config.data, dense, config.max_train_tokens, config.eval_blocks)
     # Beside the config: a branch may hold other weights, a launcher another number of processes.
     claim = f"{dump_config(config)}# dense sha256 {dense.sha256}\n# processes {accelerator.num_processes}\n"
     claim_run_folder(config.run, claim, is_writer=accelerator.is_main_process)
@@ -209,19 +210,6 @@ def show_plan(config: TrainConfig) -> None:
         bf16=mixed_precision(config.precision) == "bf16",
     )
     sys.stdout.write(f"{dump_config(config)}\n{describe_data(config.data)}\n{describe(needed)}\n")
-
-
-def load_text(config: TrainConfig, dense: DenseModel) -> tuple[TokenBlocks, TokenBlocks]:
-    """Training and held-out blocks; no held-out block is also a training block."""
-    if config.data.separate_documents:
-        dense.check_documents_apart()
-    limits = {"max_context": getattr(dense.config, "max_position_embeddings", None)}
-    train = load_blocks(config.data, dense.tokenizer, "train", max_tokens=config.max_train_tokens, **limits)
-    wanted = config.eval_blocks * config.data.context_length
-    held_out = load_blocks(
-        config.data, dense.tokenizer, "held_out", max_tokens=wanted, apart_from=train, **limits
-    )
-    return train, held_out
 
 
 def steps_needed(config: TrainConfig, accelerator: Accelerator) -> int:

@@ -30,7 +30,6 @@ from extractor.config import Config, run_recipe
 from extractor.data import DataConfig
 from extractor.errors import InputError
 from extractor.machine import fast_fp32, start_processes, use_all_cores
-from extractor.masks import mean_activations
 from extractor.statistics import undefined
 
 
@@ -65,7 +64,6 @@ class Bench:
             split: self.models.text(config.data, split, config.text_blocks)[0]
             for split in ("train", "held_out")
         }
-        self.means = mean_activations(self.models.student, self.text["train"])
         self.moments = stream_moments(self.models.dense, self.text["train"], self.text["held_out"])
         self.held_out = {
             task: self.models.prompts(circuit, "held_out", config.held_out_pairs)
@@ -141,9 +139,6 @@ def remove(bench: Bench, circuit: Circuit) -> dict[str, Any]:
 def attack(bench: Bench, circuit: Circuit) -> dict[str, Any]:
     """Inputs that the circuit predicts to fail, asked of the dense model."""
     config, models = bench.config, bench.models
-    means = bench.means
-    if circuit.settings.get("ablation") == "zero":
-        means = {address: torch.zeros_like(mean) for address, mean in means.items()}
     prompts = Prompts(
         models.pairs(circuit, "held_out", config.attacked_pairs),
         models.tokenizer,
@@ -152,7 +147,9 @@ def attack(bench: Bench, circuit: Circuit) -> dict[str, Any]:
         models.dense.device,
     )
     text = bench.text["held_out"]
-    return attack_circuit(circuit, models.student, models.dense, means, prompts, text, config.attack)
+    return attack_circuit(
+        circuit, models.student, models.dense, models.carried(circuit), prompts, text, config.attack
+    )
 
 
 if __name__ == "__main__":
