@@ -27,7 +27,7 @@ PARAMETERS = {
     "smollm2-135m": 134_515_008,
 }
 CONFIGS = {
-    "train": "TrainConfig", "extract": "ExtractConfig", "edit": "EditRecipeConfig", "audit": "AuditConfig",
+    "train": "TrainConfig", "extract": "ExtractConfig", "edit": "EditRecipeConfig", "audit": "AuditConfig", "compare": "CompareConfig",
     "pretrain": "PretrainConfig", "transfer": "TransferConfig",
 }  # fmt: skip
 YAMLS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
