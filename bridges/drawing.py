@@ -147,7 +147,9 @@ Edge = tuple[Node, Node, float]
 Link = tuple[Node, Node]
 
 
-def circuit_svg(circuit: dict[str, Any], max_nodes: int = 120, max_edges: int = 300) -> Markup:
+def circuit_svg(
+    circuit: dict[str, Any], max_nodes: int = 120, max_edges: int = 300, name: str = "this circuit"
+) -> Markup:
     """A task's circuit as a figure: the strongest edges, residual links, and what is left out."""
     all_nodes, all_edges = _read_graph(circuit)
     if not all_nodes:
@@ -163,10 +165,10 @@ def circuit_svg(circuit: dict[str, Any], max_nodes: int = 120, max_edges: int = 
     marks = Markup("\n").join(lines + _node_marks(rows, places, width))
     caption = _circuit_caption(circuit, (nodes, all_nodes), (edges, all_edges), len(links))
     return Markup(
-        '<figure><div class="scroll" tabindex="0" role="region" aria-label="Picture of the '
-        'circuit">\n<svg class="circuit" role="img" aria-label="{}" width="{}" height="{}" '
+        '<figure><div class="scroll" tabindex="0" role="region" aria-label="Picture of '
+        '{}">\n<svg class="circuit" role="img" aria-label="{}" width="{}" height="{}" '
         'viewBox="0 0 {} {}">\n{}\n</svg></div>\n<figcaption>{}</figcaption></figure>'
-    ).format(caption, width, height, width, height, marks, caption)
+    ).format(visible(name), caption, width, height, width, height, marks, caption)
 
 
 def circuit_picture(circuit: Circuit) -> str:

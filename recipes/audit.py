@@ -2,47 +2,38 @@
 
     accelerate launch recipes/audit.py --config recipes/python/audit.yaml
 
-Adds the behaviour of dense model and student side by side, checks what was measured against thresholds
-that stand in the config, and writes the report. Reads evaluation.json, circuits/, edits/, manifest.json.
+Adds the behaviour of dense model and student side by side and recorded interventions on circuit nodes, checks
+what was measured against thresholds that stand in the config, and writes the report. Reads evaluation.json,
+circuits/, edits/, manifest.json, and where they are there transfer/ and compare.json. Writes report.json,
+report.html, report.intoto.json (provenance as an in-toto statement) and model cards.
 """
 
+import time
 from pathlib import Path
 from typing import Any
 
-import torch
+import yaml
 from pydantic import Field
 
+from bridges.attestation import write_statement
+from bridges.behaviour import compare_behaviour
 from bridges.cards import push, write_cards
-from bridges.checkpoint import DenseConfig, check_same_tokenizer
-from bridges.dense import DenseModel
+from bridges.checkpoint import DenseConfig
+from bridges.claims import Thresholds, check_criteria
+from bridges.desk import DeskConfig, record_desk
 from bridges.report import summary_rows, write_report
+from bridges.run_models import RunModels
 from extractor.artifacts import SCHEMA_VERSION, environment, file_sha256, read_json
 from extractor.circuit import Circuit
 from extractor.config import Config, as_arguments, dump_config, run_recipe
 from extractor.errors import InputError
 from extractor.machine import fast_fp32, start_processes, use_all_cores
-from extractor.student import load_student
-from extractor.tasks import accuracy, encode_pairs, make_pairs, task_names, two_way_loss
+from extractor.statistics import undefined
+from extractor.tasks import task_names
 
-
-class Thresholds(Config):
-    """What the claims must reach; fixed before the run."""
-
-    init_kl_dense: float = 1e-6
-    """Largest KL(dense || student) before training, nats/token."""
-    kl_dense: float = 0.5
-    """Largest KL(dense || student) after training, nats/token."""
-    circuit_loss: float = 0.15
-    circuit_accuracy: float = 0.95
-    circuit_share_of_nodes: float = 0.03
-    accuracy_without_circuit: float = 0.60
-    circuits: int = 4
-    """Tasks whose circuit must meet all four lines above."""
-    edit_size: int = 8
-    edit_flip_rate_indirect: float = 0.80
-    edit_controls: float = 0.10
-    edits: int = 3
-    """Tasks whose edit must meet all three lines above at one strength of at most 2."""
+TOLERANCE = {"prompts": 1, "nats": 0.001}
+"""What a replay may differ by: other processors round sums otherwise."""
+MOST_EDGES = 1000  # of a circuit in the report, the strongest; its file has all
 
 
 class AuditConfig(Config):
@@ -50,6 +41,7 @@ class AuditConfig(Config):
     """The run folder."""
     dense: DenseConfig = DenseConfig()
     thresholds: Thresholds = Thresholds()
+    desk: DeskConfig = DeskConfig()
     held_out_pairs: int = Field(64, ge=2)
     """Held-out pairs per task for the behaviour table, over every task the tokenizer allows."""
     seed: int = 0
@@ -67,20 +59,14 @@ def main(config: AuditConfig) -> None:
     if not state.is_main_process:
         return
     evaluation = read_json(config.run / "evaluation.json", "evaluation", "recipes/train.py")
-    behaviour, exclusions = compare_behaviour(config, state.device)
+    manifest = read_json(config.run / "manifest.json", "manifest", "recipes/train.py")
+    artifacts = checked_artifacts(config.run, manifest)
+    models = RunModels(config.run, config.dense, state.device, config.seed, needs_circuits=False)
+    behaviour, refused = compare_behaviour(models, config.held_out_pairs)
     for name, tasks in behaviour.items():
         evaluation[name]["tasks"] = tasks
-    circuits = read_circuits(config.run)
-    edits = read_edits(config.run)
-    if all(site.endswith("resid_pre") for site in evaluation["bridges"]):
-        why = "its attention and MLP read the same stream (parallel residual)"
-        exclusions.append({"what": "sites between attention and MLP of the dense model", "why": why})
-    exclusions += [
-        {"what": f"edit for {task}", "why": "the circuit reads no residual channel at any site"}
-        for task in circuits
-        if task not in edits
-    ]
-    exclusions += [{"what": what, "why": why} for what, why in NOT_DONE]
+    circuits, edits = read_circuits(config.run), read_edits(config.run)
+    criteria = check_criteria(config.thresholds, evaluation, circuits, edits)
     report = {
         "schema_version": SCHEMA_VERSION,
         "status": "complete",
@@ -88,62 +74,37 @@ def main(config: AuditConfig) -> None:
         **{key: evaluation[key] for key in ("dense", "student", "bridges", "mixtures", "held_out_tokens")},
         "circuits": circuits,
         "edits": edits,
-        "exclusions": exclusions,
-        "criteria": check_criteria(config.thresholds, evaluation, circuits, edits),
-        "method": {
-            "config": (config.run / "config.yaml").read_text() + dump_config(config),
-            "replay": replay_lines(config),
-        },
-        "provenance": provenance(config.run),
+        "desk": record_desks(models, manifest, config.desk),
+        "transfer": read_transfer(config.run),
+        "compare": read_comparison(config.run),
+        "exclusions": refused + exclusions(evaluation, circuits, edits),
+        "accounting": accounting(manifest, evaluation, behaviour, refused, circuits, edits),
+        "criteria": criteria,
+        "method": method(config, manifest),
+        "provenance": provenance(manifest, artifacts),
     }
     page = write_report(report, config.run)
+    write_statement(page)
     write_cards(config.run)
     print_summary(report)
     print(f"report: {page}")
     if config.push_to_hub:
-        sent = push(
-            config.run,
-            config.hub_model_id or "",
-            private=config.hub_private_repo,
-            revision=config.hub_revision,
-        )
+        target = config.hub_model_id or ""
+        sent = push(config.run, target, private=config.hub_private_repo, revision=config.hub_revision)
         print(f"pushed: {sent}")
 
 
-def compare_behaviour(
-    config: AuditConfig, device: torch.device
-) -> tuple[dict[str, dict[str, dict[str, float]]], list[dict[str, str]]]:
-    """Two-way accuracy and loss of both models on held-out prompts of every task."""
-    dense = DenseModel.from_pretrained(config.dense, device=device, plain=True)
-    student, tokenizer = load_student(config.run / "student", device)
-    check_same_tokenizer(tokenizer, str(config.run / "student"), dense.tokenizer, dense.name)
-    tables: dict[str, dict] = {"dense": {}, "student": {}}
-    exclusions = []
-    limit = student.config.max_position_embeddings
-    for task in task_names():
-        try:
-            pairs = make_pairs(
-                task,
-                tokenizer,
-                split="held_out",
-                count=config.held_out_pairs,
-                seed=config.seed,
-                max_tokens=limit,
-            )
-        except InputError as error:
-            exclusions.append({"what": f"task {task}", "why": str(error)})
-            continue
-        batch = encode_pairs(pairs, tokenizer).to(device)
-        with torch.no_grad():
-            logits = {
-                "dense": dense.run(batch.ids, record=False).logits,
-                "student": student(batch.ids).logits,
-            }
-        for name, table in tables.items():
-            difference = batch.logit_difference(logits[name])
-            table[task] = {"accuracy": accuracy(difference), "loss": two_way_loss(difference).item()}
-        tables["dense"][task]["num_prompts"] = len(batch)
-    return tables, exclusions
+def record_desks(models: RunModels, manifest: dict[str, Any], config: DeskConfig) -> dict[str, Any]:
+    """Recorded interventions on every circuit; means are those the circuits were found with."""
+    if not config.nodes or not models.circuits:
+        return undefined("not recorded: desk.nodes is 0" if models.circuits else "there are no circuits")
+    extraction = manifest["extract"]["config"]
+    desks = {}
+    for task, circuit in models.circuits.items():
+        pairs = models.pairs(circuit, "held_out", extraction["held_out_pairs"])
+        parts = (models.dense, models.student, models.bridges, circuit, pairs, models.tokenizer, models.means)
+        desks[task] = record_desk(*parts, config)
+    return desks
 
 
 def read_circuits(run: Path) -> dict[str, Any]:
@@ -153,7 +114,8 @@ def read_circuits(run: Path) -> dict[str, Any]:
         circuit = Circuit.load(path)
         raw = read_json(path, "circuit", "recipes/extract.py")
         settings = {key: circuit.settings[key] for key in ("target", "target_loss", "ablation")}
-        graph = {"nodes": raw["nodes"], "edges": raw["edges"]}
+        edges = sorted(raw["edges"], key=lambda edge: -abs(edge[2]))[:MOST_EDGES]
+        graph = {"nodes": raw["nodes"], "edges": edges}
         found[circuit.task] = {**circuit.evidence, **settings, "graph": graph}
     return found
 
@@ -164,79 +126,90 @@ def read_edits(run: Path) -> dict[str, Any]:
     return {edit.pop("task"): edit for edit in edits}
 
 
-def check_criteria(
-    limits: Thresholds, evaluation: dict, circuits: dict[str, Any], edits: dict[str, Any]
+def read_transfer(run: Path) -> dict[str, Any]:
+    paths = sorted((run / "transfer").glob("*.json"))
+    found = [read_json(path, "transfer", "recipes/transfer.py") for path in paths]
+    return {entry.pop("task"): entry for entry in found}
+
+
+def read_comparison(run: Path) -> dict[str, Any]:
+    path = run / "compare.json"
+    if not path.is_file():
+        return undefined("recipes/compare.py was not run")
+    return read_json(path, "comparison", "recipes/compare.py")
+
+
+def exclusions(
+    evaluation: dict[str, Any], circuits: dict[str, Any], edits: dict[str, Any]
+) -> list[dict[str, str]]:
+    """What this run leaves out, besides tasks that the tokenizer refuses."""
+    found = []
+    if all(site.endswith("resid_pre") for site in evaluation["bridges"]):
+        why = "its attention and MLP read the same stream (parallel residual)"
+        found.append({"what": "sites between attention and MLP of the dense model", "why": why})
+    for task, circuit in circuits.items():
+        if not circuit["nodes"]:
+            found.append({"what": f"circuit of {task}", "why": "none was found: it is empty"})
+        if task not in edits:
+            why = "the circuit reads no residual channel at any site"
+            found.append({"what": f"edit for {task}", "why": why})
+        if circuit["controls"].get("seeds", {}).get("count") == 1:
+            why = "one seed per circuit unless prune.seeds lists more"
+            found.append({"what": f"stability over mask seeds, {task}", "why": why})
+    return found
+
+
+def accounting(
+    manifest: dict[str, Any],
+    evaluation: dict[str, Any],
+    behaviour: dict[str, Any],
+    refused: list[dict[str, str]],
+    circuits: dict[str, Any],
+    edits: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Each claim with its threshold and what was measured."""
-    student = evaluation["student"]
-    exact = [m["nonzeros"] == m["k"] for m in student["matrices"].values()]
-    good_circuits = [task for task, circuit in circuits.items() if circuit_holds(limits, circuit)]
-    good_edits = [task for task, edit in edits.items() if edit_holds(limits, edit)]
+    """Planned, run, scored, excluded: nothing that was planned may vanish from a denominator."""
 
-    def row(claim: str, threshold: str, measured: str, met: bool) -> dict[str, Any]:
-        return {"claim": claim, "threshold": threshold, "measured": measured, "met": met}
+    def row(what: str, planned: int, run: int, scored: int, why: str) -> dict[str, Any]:
+        counts = {"planned": planned, "run": run, "scored": scored, "excluded": planned - scored}
+        return {"what": what, **counts, "why": why if planned > scored else ""}
 
-    return [
+    done = len(behaviour["dense"])
+    extraction = manifest.get("extract", {}).get("config", {"tasks": (), "held_out_pairs": 0})
+    asked, pairs = extraction["tasks"], extraction["held_out_pairs"]
+    found = sum(circuit["nodes"] > 0 for circuit in circuits.values())
+    tested = sum(circuit["verdict"]["word"] != "not tested" for circuit in circuits.values())
+    rows = [
         row(
-            "the student starts as a copy of the dense model",
-            f"KL <= {limits.init_kl_dense:.0e} nats/token",
-            f"{student['init_kl_dense']:.1e}",
-            student["init_kl_dense"] <= limits.init_kl_dense,
+            "tasks, behaviour of both models",
+            len(task_names()),
+            done,
+            done,
+            f"{len(refused)} refused by name",
         ),
-        row(
-            "the student stays close to the dense model",
-            f"KL <= {limits.kl_dense} nats/token",
-            f"{student['kl_dense']:.3f} at density {student['density']:.4g}",
-            student["kl_dense"] <= limits.kl_dense,
-        ),
-        row(
-            "every matrix has exactly its k nonzero weights",
-            "all matrices",
-            f"{sum(exact)} of {len(exact)}",
-            all(exact),
-        ),
-        row(
-            "circuits are enough and needed",
-            f">= {limits.circuits} tasks: loss <= {limits.circuit_loss}, accuracy >= "
-            f"{limits.circuit_accuracy:.0%}, <= {limits.circuit_share_of_nodes:.0%} of nodes, "
-            f"<= {limits.accuracy_without_circuit:.0%} without them",
-            f"{len(good_circuits)} of {len(circuits)}: {', '.join(good_circuits) or 'none'}",
-            len(good_circuits) >= limits.circuits,
-        ),
-        row(
-            "edits through the bridge flip the dense model's answer indirectly",
-            f">= {limits.edits} tasks: <= {limits.edit_size} nodes, >= "
-            f"{limits.edit_flip_rate_indirect:.0%} indirect, controls <= {limits.edit_controls:.0%}",
-            f"{len(good_edits)} of {len(edits)}: {', '.join(good_edits) or 'none'}",
-            len(good_edits) >= limits.edits,
-        ),
+        row("tasks with a circuit that is not empty", len(asked), tested, found, "no circuit was found"),
+        row("tasks with an edit", len(asked), len(edits), len(edits), "no node to move"),
+        row("held-out text, tokens", *[evaluation["held_out_tokens"]] * 3, ""),
     ]
+    for task, circuit in circuits.items():
+        rows.append(row(f"prompts, circuit of {task}", 2 * pairs, *[circuit["num_prompts"]] * 2, "not made"))
+    for task, edit in edits.items():
+        right = edit["num_right_before"]
+        why = "answered wrong before the edit: they cannot be flipped"
+        rows.append(row(f"prompts, edit of {task}", edit["num_prompts"], edit["num_prompts"], right, why))
+    return rows
 
 
-def circuit_holds(limits: Thresholds, circuit: dict[str, Any]) -> bool:
-    return (
-        circuit["loss"] <= limits.circuit_loss
-        and circuit["accuracy"] >= limits.circuit_accuracy
-        and circuit["nodes"] <= limits.circuit_share_of_nodes * circuit["nodes_total"]
-        and circuit["accuracy_without"] <= limits.accuracy_without_circuit
-    )
-
-
-def edit_holds(limits: Thresholds, edit: dict[str, Any]) -> bool:
-    """At one and the same strength: the indirect flips reach the limit and both controls stay low."""
-    series = ("strengths", "flip_rate_indirect", "control_random_node", "control_random_direction")
-    return edit["size"] <= limits.edit_size and any(
-        strength <= 2
-        and flips >= limits.edit_flip_rate_indirect
-        and max(nodes, direction) <= limits.edit_controls
-        for strength, flips, nodes, direction in zip(*(edit[key] for key in series), strict=True)
-    )
-
-
-NOT_DONE = (
-    ("stability over mask seeds", "one seed per circuit unless prune.seeds lists more"),
-    ("off-target effect of edits", "an edit of this form needs a counterfactual prompt to exist"),
-)
+def method(config: AuditConfig, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Settings as text and as values, the commands, and what a replay may differ by."""
+    trained = (config.run / "config.yaml").read_text(encoding="utf-8")
+    settings = {recipe: manifest[recipe]["config"] for recipe in ("extract", "edit") if recipe in manifest}
+    settings |= {"train": yaml.safe_load(trained), "audit": config.model_dump(mode="json")}
+    return {
+        "config": trained + dump_config(config),
+        "settings": settings,
+        "replay": replay_lines(config),
+        "tolerance": TOLERANCE,
+    }
 
 
 def replay_lines(config: AuditConfig) -> str:
@@ -249,17 +222,26 @@ def replay_lines(config: AuditConfig) -> str:
     )
 
 
-def provenance(run: Path) -> dict[str, Any]:
-    """Hashes of every input and artefact named in the manifest, checked against the files now."""
-    manifest = read_json(run / "manifest.json", "manifest", "recipes/train.py")
-    recipes = {key: value for key, value in manifest.items() if isinstance(value, dict)}
+def checked_artifacts(run: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    """Every file that the recipes wrote, by name, with its hash.
+
+    Raises:
+        InputError: a file is missing or is not as it was written.
+    """
     artifacts: dict[str, str] = {}
-    for recipe, entry in recipes.items():
-        for name, sha256 in entry["outputs"].items():
+    for recipe, entry in manifest.items():
+        for name, sha256 in entry["outputs"].items() if isinstance(entry, dict) else ():
             if not (run / name).is_file() or file_sha256(run / name) != sha256:
                 raise InputError(f"'{run / name}' is not the file that recipes/{recipe}.py wrote")
             artifacts[name] = sha256
+    return artifacts
+
+
+def provenance(manifest: dict[str, Any], artifacts: dict[str, str]) -> dict[str, Any]:
+    """Date, machine, and hashes of every input and artefact."""
+    recipes = {key: value for key, value in manifest.items() if isinstance(value, dict)}
     return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "environment": environment(),
         "inputs": {recipe: entry["inputs"] for recipe, entry in recipes.items()},
         "artifacts": artifacts,

@@ -14,121 +14,19 @@ from typing import Any
 
 import pytest
 
-from bridges import drawing, report
-from bridges.report import circuit_svg, render_html, summary_rows, verdict, write_report
+from bridges import charts, drawing, report, report_values
+from bridges.drawing import circuit_svg
+from bridges.integrity import embedded
+from bridges.report import render_html, summary_rows, verdict, write_report
 from extractor.artifacts import file_sha256, read_json
 from extractor.errors import InputError
+from tests.bridges.report_record import circuit, edit, record, small_graph
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u202e\x1b[2J\ud800 {{ 7*7 }}"
+UNSHOWN = {"clusters", "n", "num_right_before", "cuts", "nonsense"}
+"""Of intervals, counted in the account of prompts, only drawn, or shown as the least of several."""
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 RATES = ("flip_rate", "flip_rate_indirect", "control_random_node", "control_random_direction")
-
-
-def small_graph() -> dict[str, Any]:
-    """Two layers: attention writes channel 7, which both the MLP and the next layer read."""
-    edges = [
-        ["0.attn.act_in:12", "0.attn.q:1", 0.52],
-        ["0.attn.act_in:12", "0.attn.k:4", -0.31],
-        ["0.attn.act_in:5", "0.attn.v:3", 0.11],
-        ["0.attn.v:3", "0.attn.resid_delta:7", 0.9],
-        ["0.mlp.act_in:7", "0.mlp.post_act:40", -1.25],
-        ["0.mlp.post_act:40", "0.mlp.resid_delta:12", 0.4],
-        ["1.attn.act_in:12", "1.attn.v:2", 0.2],
-        ["1.attn.act_in:7", "1.attn.v:2", 0.05],
-    ]
-    nodes = sorted({end for edge in edges for end in edge[:2]})
-    return {"nodes": nodes, "edges": edges}
-
-
-def circuit() -> dict[str, Any]:
-    graph = small_graph()
-    return {
-        **{"nodes": len(graph["nodes"]), "edges": len(graph["edges"])},
-        **{"nodes_total": 4096, "edges_total": 123456, "loss": 0.1432, "accuracy": 0.956},
-        **{"accuracy_interval": [0.923, 0.977], "sufficiency": 0.9312, "necessity": 0.8841},
-        **{
-            "accuracy_without": 0.5123,
-            "accuracy_without_calibrated": 0.5391,
-            "loss_without": 0.7012,
-            "student_loss": 0.0921,
-        },
-        **{"student_accuracy": 0.9789, "against_student": {"sign": {"value": 0.9456}}, "num_prompts": 256},
-        **{"target_loss": 0.15, "target": "answer", "ablation": "mean"},
-        "random_circuits": {
-            **{"count": 20, "accuracy_mean": 0.5034, "accuracy_max": 0.5567},
-            **{"loss_min": 0.6931, "accuracy_without_mean": 0.9721},
-        },
-        "verdict": {
-            "word": "partly",
-            "reasons": [
-                {
-                    "name": "held-out loss",
-                    "value": 0.1432,
-                    "relation": "at most",
-                    "limit": 0.2,
-                    "passed": True,
-                },
-                {
-                    **{"name": "seeds searched", "value": 1.0, "relation": "at least"},
-                    **{"limit": 10.0, "passed": False},
-                },
-            ],
-        },
-        "example": {
-            "clean": "def f(x):\n    return [1, 2",
-            "corrupted": "def f(x):\n    return [[1, 2",
-            "answer": "]\n",
-            "distractor": "]]\n",
-        },
-        "graph": graph,
-    }
-
-
-def edit() -> dict[str, Any]:
-    return {
-        **{"site": "1.resid_pre", "nodes": ["1.attn.act_in:12", "1.attn.act_in:7"], "size": 2},
-        "strengths": [0, 0.5, 1.0, 1.5, 2.0],
-        "flip_rate": [0.0, 0.219, 0.648, 0.871, 0.992],
-        "flip_rate_indirect": [0.0, 0.188, 0.559, 0.742, 0.742],
-        "control_random_node": [0.0, 0.004, 0.012, 0.016, 0.023],
-        "control_random_direction": [0.0, 0.008, 0.027, 0.031, 0.039],
-        "off_target_kl": [0.0, 0.00123, 0.00456, 0.0102, 0.0187],
-        **{"num_prompts": 256, "delta_norm_ratio": 0.317, "limit": "held-out templates only"},
-    }
-
-
-def record(*tasks: str) -> dict[str, Any]:
-    """A complete record, as a recipe would write it."""
-    tasks = tasks or ("quotes", "brackets")
-    behaviour = {task: {"accuracy": 0.9812, "loss": 0.0812, "num_prompts": 128} for task in tasks}
-    sites = ("0.resid_pre", "0.resid_mid", "1.resid_pre")
-    bridge = {"nmse_encode": 0.0312, "nmse_decode": 0.0277}
-    bridge |= {"kl_dense_to_sparse": 0.0411, "kl_sparse_to_dense": 0.0388}
-    return {
-        **{"schema_version": 1, "status": "complete", "run": "runs/quickstart"},
-        "dense": {"name": "dense-python-4l", "ce": 1.8765, "tasks": behaviour},
-        "student": {
-            **{"ce": 2.0123, "kl_dense": 0.1534, "init_kl_dense": 3.217, "density": 0.125},
-            **{"nonzeros": 131072, "parameters": 1048576, "activation_frac": 0.25},
-            "matrices": {"blocks.0.attn.q": {"shape": [256, 256], "nonzeros": 8192, "k": 32}},
-            "tasks": {task: {"accuracy": 0.9812, "loss": 0.0812} for task in tasks},
-        },
-        "bridges": {site: dict(bridge) for site in sites},
-        "circuits": {task: circuit() for task in tasks},
-        "edits": {task: edit() for task in tasks},
-        "exclusions": [{"what": "17 prompts", "why": "the answer is two tokens long"}],
-        "criteria": [
-            {"claim": "faithful", "threshold": "KL < 0.2", "measured": "0.1534", "met": True},
-            {"claim": "small", "threshold": "nodes <= 8", "measured": "12", "met": False},
-        ],
-        "method": {"config": "seed: 0\nsteps: 100\n", "replay": "python recipes/train.py\n"},
-        "provenance": {
-            "environment": {"python": "3.11.7", "versions": {"torch": "2.13.0"}},
-            "inputs": {"dense/model.safetensors": "ab" * 32},
-            "artifacts": {"student/model.safetensors": "cd" * 32},
-            "recipes": {"train": {"seed": 0}},
-        },
-    }
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -143,6 +41,12 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     for key, part in parts:
         if key != "graph":
             yield from leaves(part, (*path, key))
+
+
+def without_record(markup: str) -> str:
+    """The page that a reader sees: all but the record inside it."""
+    block = embedded(markup)
+    return markup.replace(block[0], "")
 
 
 def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
@@ -195,9 +99,9 @@ def test_two_renders_are_equal_and_leave_the_record_alone():
     assert value == before
 
 
-def test_page_asks_nothing_of_the_network_and_runs_nothing():
+def test_page_asks_nothing_of_the_network():
     markup = render_html(record())
-    for forbidden in ("http", "src=", "<script", "url(", "@import", " style=", "javascript:"):
+    for forbidden in ("http", "src=", "url(", "@import", " style=", "javascript:", "eval(", "fetch("):
         assert forbidden not in markup.replace("http-equiv", "").lower(), forbidden
     page = Page(markup)
     assert {a["href"][:1] for a in page.named("a")} == {"#"}
@@ -207,12 +111,15 @@ def test_page_asks_nothing_of_the_network_and_runs_nothing():
     assert {a["href"][1:] for a in page.named("a")} <= ids
 
 
-def test_policy_holds_the_hash_of_the_style():
+def test_policy_holds_the_hashes_of_style_and_script():
     markup = render_html(record())
     style = re.search(r"<style>(.*?)</style>", markup, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    script = re.findall(r"<script>(.*?)</script>", markup, re.DOTALL)
+    assert len(script) == 1
+    own = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
     policy = Page(markup).named("meta")[1]["content"]
-    wanted = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:"
+    wanted = f"default-src 'none'; style-src 'sha256-{digest}'; script-src 'sha256-{own}'; img-src data:"
     assert policy.startswith(wanted)
 
 
@@ -228,7 +135,7 @@ def test_page_is_accessible_in_structure():
     assert all("scope" in attrs for attrs in page.named("th"))
     assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in page.named("svg"))
     numbered = re.findall(r"<h2[^>]*>(\d+)\.", markup)
-    assert numbered == [str(i) for i in range(2, 11)]
+    assert numbered == [str(i) for i in range(2, 13)]
 
 
 def test_colours_keep_their_contrast():
@@ -255,15 +162,15 @@ def contrast(first: str, second: str) -> float:
 
 
 def test_page_of_a_large_run_stays_small():
-    value = record(*(f"task{i}" for i in range(8)))
+    value = record(*(f"task{i}" for i in range(20)))
     for i, one in enumerate(value["circuits"].values()):
         one["graph"] = large_graph(seed=i)
     markup = render_html(value)
     Page(markup)
-    assert len(markup.encode()) <= 2_000_000
+    assert len(markup.encode()) <= 5_000_000
 
 
-def large_graph(seed: int, num_nodes: int = 400, num_edges: int = 3000) -> dict[str, Any]:
+def large_graph(seed: int, num_nodes: int = 400, num_edges: int = 1000) -> dict[str, Any]:
     choose = random.Random(seed)
     places = {(layer, kind) for layer in range(4) for kind in drawing.KINDS}
     rows = {place: choose.sample(range(4096), num_nodes // 32 + 1) for place in sorted(places)}
@@ -305,7 +212,9 @@ def test_hostile_text_is_text():
     markup = render_html(hostile_record())
     page = Page(markup)
     tags = {tag for tag, _ in page.elements}
-    assert not tags & {"script", "img", "iframe", "object", "form"}
+    assert not tags & {"img", "iframe", "object", "form"}
+    assert page.named("script") == [{"type": "application/json", "id": "report-data"}, {}]
+    assert json.loads(embedded(markup)[0]) == report_values.tidy(hostile_record())
     assert {"svg", "table", "details"} <= tags
     assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
     assert "</script><img src=x onerror=alert(1)>[U+202E][U+001B][2J[U+D800] {{ 7*7 }}" in (
@@ -345,23 +254,22 @@ def test_complete_record_leaves_no_gap():
 
 def test_every_figure_of_an_edit_is_on_the_page():
     value = record("quotes")
-    row = r'<tr><th scope="row">([^<]*)</th>((?:<td>[^<]*</td>){5})</tr>'
+    row = r'<tr><th scope="row">([^<]*)</th>((?:<td>[^<]*</td>){4})</tr>'
     rows = re.findall(row, render_html(value))
     table = {strength: re.findall(r"<td>([^<]*)</td>", cells) for strength, cells in rows}
     one = value["edits"]["quotes"]
     for i, strength in enumerate(one["strengths"]):
         cells = table[f"{strength:g}"]
-        assert cells[:4] == [f"{100 * one[key][i]:.1f} %" for key in RATES]
-        assert float(cells[4]) == one["off_target_kl"][i]
+        assert cells == [f"{100 * one[key][i]:.1f} %" for key in RATES]
 
 
 def test_curve_has_a_titled_point_for_every_figure():
     one = edit()
     markup = render_html(record("quotes"))
-    for key, name in report.SERIES:
+    for key, name in report_values.SERIES:
         for strength, rate in zip(one["strengths"], one[key], strict=True):
             assert f"<title>{name}, strength {strength:g}: {100 * rate:.1f} %</title>" in markup
-    curve = report.strength_curve(one)
+    curve = charts.strength_curve(one)
     assert [label for _, label in curve.grid] == ["0 %", "25 %", "50 %", "75 %", "100 %"]
     assert [line.points[0][:2] for line in curve.lines] == [(46.0, 192.0)] * 4
     ends = [line.points[-1] for line in curve.lines]
@@ -378,8 +286,9 @@ def test_every_number_may_be_undefined():
     assert len(paths) > 80
     for path in paths:
         why = f"why {'/'.join(map(str, path))}"
-        markup = render_html(replaced(value, path, {"undefined": why}))
-        assert markup.count(why) >= 2, path  # in its own place and among the undefined values
+        markup = without_record(render_html(replaced(value, path, {"undefined": why})))
+        shown_by_itself = not UNSHOWN & set(path) and path[0] != "desk"
+        assert markup.count(why) >= 1 + shown_by_itself, path  # in its own place, and among the undefined
 
 
 @pytest.mark.parametrize(
@@ -405,11 +314,11 @@ def test_missing_parts_are_named_as_such():
     assert verdict({})[0] == "not tested"
 
 
-def test_absent_off_target_kl_gives_no_column():
+def test_absent_off_target_kl_gives_no_row():
     value = record("quotes")
     del value["edits"]["quotes"]["off_target_kl"]
     markup = render_html(value)
-    assert "off-target KL (nats/token)" not in markup
+    assert "off-target KL, in the form" not in markup
     assert "not recorded" not in markup
 
 
@@ -528,7 +437,7 @@ def test_weights_show_as_width_and_sign_as_colour_and_dash():
 
 
 def test_large_circuits_keep_their_strongest_edges():
-    graph = large_graph(seed=3)
+    graph = large_graph(seed=3, num_edges=3000)
     one = circuit() | {"graph": graph, "nodes": 400, "edges": 3001}
     markup = circuit_svg(one, max_nodes=50, max_edges=60)
     assert markup == circuit_svg(copy.deepcopy(one), max_nodes=50, max_edges=60)

@@ -18,6 +18,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from bridges.dense import DenseModel
+from bridges.replay import replay
+from bridges.report import write_report
+from bridges.verify import verify
 from extractor.artifacts import file_sha256
 from extractor.circuit import Circuit, edges_between
 from extractor.sites import Node
@@ -42,6 +45,8 @@ EDIT = [
     "--edit.control_draws", "1", "--edit.max_size", "4", "--audit.prediction.nodes", "3",
     "--audit.prediction.sets", "2", "--audit.prediction.pairs", "4",
 ]  # fmt: skip
+
+AUDIT = ["--held_out_pairs", "8", "--desk.nodes", "2", "--desk.pairs", "1"]
 
 
 def run_in_process(monkeypatch: pytest.MonkeyPatch, verb: str, *arguments: object) -> None:
@@ -93,7 +98,7 @@ def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         run_in_process(monkeypatch, "extract", "--run", run, *EXTRACT)
         open_every_read(run)
         run_in_process(monkeypatch, "edit", *dense, *EDIT)
-        run_in_process(monkeypatch, "audit", *dense, "--held_out_pairs", 8)
+        run_in_process(monkeypatch, "audit", *dense, *AUDIT)
     return run
 
 
@@ -102,7 +107,7 @@ def test_whole_job_leaves_every_artefact(trained: Path) -> None:
     assert names == {
         "config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "student", "bridges",
         "circuits", "circuits.md", "thresholds.json", "edits", "edits.md", "report.json",
-        "report.html", "README.md",
+        "report.html", "report.intoto.json", "README.md",
     }  # fmt: skip
     for path in trained.rglob("*"):
         assert path.suffix not in {".bin", ".pkl", ".pt", ".pickle"}
@@ -136,6 +141,42 @@ def test_report_holds_what_the_issue_asks_for(trained: Path) -> None:
     page = (trained / "report.html").read_text()
     assert "random mixtures" in page
     assert f"{len(report['mixtures']['paths'])} random mixtures" in page
+
+
+def test_a_report_verifies_and_fits_its_schema(trained: Path) -> None:
+    assert verify(trained) == 0
+    report = json.loads((trained / "report.json").read_text())
+    desk = report["desk"]["with_as"]
+    assert len(desk["nodes"]) == 2
+    assert len(desk["dense"][0]) == len(desk["settings"]) == 5
+    accounts = {row["what"]: row for row in report["accounting"]}
+    assert accounts["tasks with an edit"]["scored"] == len(report["edits"]) == 2
+    assert all(row["planned"] == row["scored"] + row["excluded"] for row in accounts.values())
+    statement = json.loads((trained / "report.intoto.json").read_text())
+    subjects = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
+    assert subjects["report.html"] == file_sha256(trained / "report.html")
+
+
+def test_a_replay_gives_the_same_claims_and_tells_when_it_does_not(
+    trained: Path, tiny_checkpoint, tmp_path, monkeypatch, capsys
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "copy")
+    assert replay(run, sample=1) == 7  # the circuits' nodes were changed after they were measured
+    assert "DIFFERS   circuit of" in capsys.readouterr().out
+    shutil.rmtree(run / "circuits")
+    run_in_process(monkeypatch, "extract", "--run", run, *EXTRACT)
+    run_in_process(monkeypatch, "audit", "--dense.path", tiny_checkpoint, "--run", run, *AUDIT)
+    capsys.readouterr()
+    assert replay(run, sample=1) == 0
+    shown = capsys.readouterr().out
+    assert "tasks replayed: 1 of 2" in shown
+    assert "agrees    edit of" in shown
+    assert "agrees    verdict of the report" in shown
+    record = json.loads((run / "report.json").read_text())
+    record["dense"]["tasks"]["with_as"]["loss"] += 0.01
+    write_report(record, run)
+    assert replay(run, sample=1) == 7
+    assert "DIFFERS   dense on with_as, loss" in capsys.readouterr().out
 
 
 def test_saved_circuits_count_their_own_edges(trained: Path) -> None:
