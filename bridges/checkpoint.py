@@ -123,7 +123,7 @@ def _load_model(
             "device_map": {"": device},
         }
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder.path,
                 dtype=torch.float32,
@@ -153,7 +153,7 @@ def _draw_model(
     with torch.random.fork_rng():
         torch.manual_seed(RANDOM_SEED)
         try:
-            with _quiet():
+            with quiet():
                 own = AutoConfig.from_pretrained(folder.path, local_files_only=True, **trust)
                 model = AutoModelForCausalLM.from_config(own, dtype=torch.float32, **trust)
         except Exception as error:  # as above
@@ -305,7 +305,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _read_tokenizer(folder: Path, config: DenseConfig) -> PreTrainedTokenizerBase:
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=config.trust_remote_code
             )
@@ -323,7 +323,7 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers reports on many lines what is refused here in one."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)

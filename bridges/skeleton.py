@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bridges.families import Family, family_of
-from bridges.trust import DenseConfig, Folder, check_folder
+from bridges.hub import resolve_folder
+from bridges.trust import DenseConfig, check_folder
 from bridges.warm_start import StudentShape, start_config
 from extractor.errors import InputError
 from extractor.sites import Site, sites
@@ -47,7 +48,8 @@ def skeleton(folder: Path) -> Skeleton:
     Raises:
         InputError: a config that is refused (see `bridges.trust`), or that transformers cannot build.
     """
-    check_folder(Folder(folder, None, str(folder)), DenseConfig(path=str(folder), random_weights=True))
+    described = DenseConfig(path=str(folder.absolute()), random_weights=True)
+    check_folder(resolve_folder(described), described)  # the hub cache's folders hold links, and may
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
