@@ -21,7 +21,6 @@ from typing import Any
 from jinja2 import Undefined
 from markupsafe import Markup
 
-from extractor.circuit import Circuit
 from extractor.errors import InputError
 
 NOT_RECORDED = "not recorded"
@@ -37,18 +36,11 @@ KINDS = (
 )
 _ROW_OF_KIND = (0, 1, 1, 1, 2, 3, 4, 5)
 _ADDRESS = re.compile(rf"(\d{{1,6}})\.({'|'.join(map(re.escape, KINDS))}):(\d{{1,9}})", re.ASCII)
-_FILE_STYLE = """
-svg { color: #1a1a1a; background: #fff; }
-path { fill: none; } text { fill: currentColor; font: 11px sans-serif; }
-.ep { stroke: #0b62a8; } .en { stroke: #b3440a; stroke-dasharray: 6 3; }
-.er { stroke: #888; stroke-width: .8; stroke-dasharray: 1.5 3; }
-.nd { fill: #fff; stroke: currentColor; stroke-width: 1.5; } .rl { fill: #555; } .nl { font-size: 9px; }
-"""
 # Printable to Unicode, yet nothing is seen: fillers, joiners, selectors, the braille blank.
 _BLANK = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
-_LABEL_WIDTH, _ROW_HEIGHT, _SLOT, _MIN_WIDTH, _NAME_SLOT = 116, 56, 16, 420, 30
+LABEL_WIDTH, ROW_HEIGHT, _SLOT, _MIN_WIDTH, _NAME_SLOT = 116, 56, 16, 420, 30
 _SWEEPS = 8
 
 
@@ -151,45 +143,34 @@ def circuit_svg(
     circuit: dict[str, Any], max_nodes: int = 120, max_edges: int = 300, name: str = "this circuit"
 ) -> Markup:
     """A task's circuit as a figure: the strongest edges, residual links, and what is left out."""
-    all_nodes, all_edges = _read_graph(circuit)
+    all_nodes, all_edges = read_graph(circuit)
     if not all_nodes:
         why = reason(circuit) or reason(circuit.get("graph")) or "no nodes recorded"
         return Markup('<p class="note">No picture: {}</p>').format(why)
     nodes, edges = _strongest(all_nodes, all_edges, max_nodes, max_edges)
     links = residual_links(nodes)
     rows = _ordered_rows(nodes, [*links, *((source, target) for source, target, _ in edges)])
-    width = _LABEL_WIDTH + max(_MIN_WIDTH, *(_SLOT * _num_slots(row) for row in rows.values()))
-    height = _ROW_HEIGHT * len(rows)
-    places = _places(rows, width - _LABEL_WIDTH)
-    lines = _link_marks(links, places) + _edge_marks(edges, places)
+    width = LABEL_WIDTH + max(_MIN_WIDTH, *(_SLOT * _num_slots(row) for row in rows.values()))
+    height = ROW_HEIGHT * len(rows)
+    places = _places(rows, width - LABEL_WIDTH)
+    lines = _link_marks(links, places) + edge_marks(edges, places)
     marks = Markup("\n").join(lines + _node_marks(rows, places, width))
-    caption = _circuit_caption(circuit, (nodes, all_nodes), (edges, all_edges), len(links))
+    caption = circuit_caption(circuit, (nodes, all_nodes), (edges, all_edges), len(links))
+    return figure(name, caption, width, height, marks)
+
+
+def figure(name: str, caption: str, width: float, height: float, marks: Markup) -> Markup:
+    """An SVG with its caption, in a region that scrolls by itself."""
     return Markup(
-        '<figure><div class="scroll" tabindex="0" role="region" aria-label="Picture of '
-        '{}">\n<svg class="circuit" role="img" aria-label="{}" width="{}" height="{}" '
-        'viewBox="0 0 {} {}">\n{}\n</svg></div>\n<figcaption>{}</figcaption></figure>'
+        '<figure><div class="scroll" tabindex="0" role="region" aria-label="Picture of {}">\n'
+        '<svg class="circuit" role="img" aria-label="{}" width="{}" height="{}" viewBox="0 0 {} {}">\n'
+        "{}\n</svg></div>\n<figcaption>{}</figcaption></figure>"
     ).format(visible(name), caption, width, height, width, height, marks, caption)
-
-
-def circuit_picture(circuit: Circuit) -> str:
-    """The picture as an SVG file of its own.
-
-    Raises:
-        InputError: the circuit is empty.
-    """
-    if not circuit.nodes:
-        raise InputError(f"circuit '{circuit.task}' has no nodes; there is nothing to draw")
-    edges = [(str(edge.source), str(edge.target), edge.weight) for edge in circuit.edges]
-    graph = {"nodes": [str(node) for node in circuit.nodes], "edges": edges}
-    figure = str(circuit_svg({"graph": graph}))
-    svg = figure[figure.index("<svg") : figure.index("</svg>")]
-    head, _, marks = svg.partition(">")
-    return f'{head} xmlns="http://www.w3.org/2000/svg">\n<style>{_FILE_STYLE}</style>{marks}</svg>\n'
 
 
 def node_rows(circuit: dict[str, Any], max_rows: int = 400) -> list[tuple[str, list[tuple[str, str, str]]]]:
     """The table twin of a picture: per row, (node, strongest weight in, strongest weight out)."""
-    nodes, edges = _read_graph(circuit)
+    nodes, edges = read_graph(circuit)
     into: dict[Node, list[tuple[Node, float]]] = defaultdict(list)
     out: dict[Node, list[tuple[Node, float]]] = defaultdict(list)
     for source, target, weight in edges:
@@ -203,7 +184,7 @@ def node_rows(circuit: dict[str, Any], max_rows: int = 400) -> list[tuple[str, l
     for node in sorted(sorted(nodes, key=importance)[:max_rows]):
         table[node.row].append(node)
     return [
-        (_row_name(row), [(n.address, _ends(n, into[n], 0), _ends(n, out[n], 1)) for n in row])
+        (row_name(row), [(n.address, _ends(n, into[n], 0), _ends(n, out[n], 1)) for n in row])
         for row in table.values()
     ]
 
@@ -237,7 +218,7 @@ def _read_node(address: object) -> Node:
     return Node(int(match[1]), KINDS.index(match[2]), int(match[3]))
 
 
-def _read_graph(circuit: dict[str, Any]) -> tuple[list[Node], list[Edge]]:
+def read_graph(circuit: dict[str, Any]) -> tuple[list[Node], list[Edge]]:
     graph = circuit.get("graph")
     if not isinstance(graph, dict) or reason(graph) is not None:
         return [], []
@@ -301,11 +282,11 @@ def _num_slots(row: Sequence[Node]) -> int:
 def _places(rows: dict[tuple[int, int], list[Node]], width: float) -> dict[Node, tuple[float, float]]:
     places: dict[Node, tuple[float, float]] = {}
     for i, row in enumerate(rows.values()):
-        y = _ROW_HEIGHT * (len(rows) - i - 0.5)
+        y = ROW_HEIGHT * (len(rows) - i - 0.5)
         kinds = sorted({node.kind_index for node in row})
         for j, node in enumerate(row):
             slot = j + kinds.index(node.kind_index) + 0.5
-            places[node] = round(_LABEL_WIDTH + slot * width / _num_slots(row), 1), round(y, 1)
+            places[node] = round(LABEL_WIDTH + slot * width / _num_slots(row), 1), round(y, 1)
     return places
 
 
@@ -321,7 +302,7 @@ def _link_marks(links: Iterable[Link], places: dict[Node, tuple[float, float]]) 
     ]
 
 
-def _edge_marks(edges: Sequence[Edge], places: dict[Node, tuple[float, float]]) -> list[Markup]:
+def edge_marks(edges: Sequence[Edge], places: dict[Node, tuple[float, float]]) -> list[Markup]:
     shape = Markup('<path class="{}" d="{}" stroke-width="{}"><title>{} to {}: weight {}</title></path>')
     peak = max((abs(weight) for *_, weight in edges), default=0.0) or 1.0
     marks: list[Markup] = []
@@ -342,8 +323,8 @@ def _node_marks(
     name = Markup('<text class="nl" x="{}" y="{}" text-anchor="middle">{}</text>')
     marks: list[Markup] = []
     for row in rows.values():
-        marks.append(label.format(places[row[0]][1] + 4, _row_name(row)))
-        named = (width - _LABEL_WIDTH) / _num_slots(row) >= _NAME_SLOT
+        marks.append(label.format(places[row[0]][1] + 4, row_name(row)))
+        named = (width - LABEL_WIDTH) / _num_slots(row) >= _NAME_SLOT
         for node in row:
             x, y = places[node]
             marks.append(circle.format(x, y, node.address))
@@ -353,7 +334,7 @@ def _node_marks(
     return marks
 
 
-def _row_name(row: Sequence[Node]) -> str:
+def row_name(row: Sequence[Node]) -> str:
     kinds = dict.fromkeys(node.kind.partition(".")[2] for node in row)
     return f"{row[0].layer}.{row[0].kind.partition('.')[0]}.{'/'.join(kinds)}"
 
@@ -368,7 +349,7 @@ def _ends(node: Node, ends: list[tuple[Node, float]], side: int) -> str:
     return f"{other.address} {signed(weight)} (1 of {len(ends)})"
 
 
-def _circuit_caption(
+def circuit_caption(
     circuit: dict[str, Any],
     nodes: tuple[Sequence[Node], Sequence[Node]],
     edges: tuple[Sequence[Edge], Sequence[Edge]],

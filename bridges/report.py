@@ -20,8 +20,9 @@ from markupsafe import Markup
 from bridges.charts import forest, scatter, size_chart, strength_curve
 from bridges.checklists import GLOSSARY, checklist
 from bridges.desk_table import desk_rows
-from bridges.drawing import as_text, circuit_svg, node_rows, number, percent, reason, signed, visible
+from bridges.drawing import as_text, node_rows, number, percent, reason, signed, visible
 from bridges.integrity import data_block, seal, with_page_digest
+from bridges.layouts import block_rows, circuit_figure
 from bridges.report_values import (
     SERIES,
     at,
@@ -49,7 +50,16 @@ __all__ = ["page_code", "render_html", "summary_rows", "verdict", "write_report"
 
 HERE = Path(__file__).parent
 TEMPLATES = HERE / "templates"
-DRAWN_BY = ("report", "report_values", "charts", "checklists", "desk_table", "drawing", "integrity")
+DRAWN_BY = (
+    "report",
+    "report_values",
+    "charts",
+    "checklists",
+    "desk_table",
+    "drawing",
+    "layouts",
+    "integrity",
+)
 
 
 def write_report(report: dict[str, Any], run_dir: Path) -> Path:
@@ -103,7 +113,8 @@ def _environment() -> Environment:
             check_rows,
             checklist,
             checks_line,
-            circuit_svg,
+            block_rows,
+            circuit_figure,
             desk_rows,
             difference,
             entries,

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from bridges.checkpoint import DenseConfig, check_same_tokenizer
 from bridges.dense import DenseModel
 from bridges.dense_circuits import compare_circuits, comparison_table, dense_views, plot_comparison
-from bridges.drawing import circuit_picture
+from bridges.layouts import circuit_picture
 from extractor.artifacts import (
     SCHEMA_VERSION,
     combine_hashes,

@@ -46,8 +46,8 @@
       element("td", `"${prompt.answer}" / "${prompt.distractor}"`, row);
       for (const model of ["student", "dense"]) cells(row, desk, model, n, i, j);
     });
-    for (const mark of document.querySelectorAll("circle.picked")) mark.classList.remove("picked");
-    for (const mark of document.querySelectorAll("circle.nd"))
+    for (const mark of document.querySelectorAll(".picked")) mark.classList.remove("picked");
+    for (const mark of document.querySelectorAll(".nd"))
       if (mark.textContent === desk.nodes[i] && mark.closest("[data-task]")?.dataset.task === tasks[task.value]) mark.classList.add("picked");
   };
   const choose = () => {
@@ -61,7 +61,7 @@
   task.addEventListener("change", choose);
   for (const select of [node, setting]) select.addEventListener("change", show);
   document.addEventListener("click", (event) => {
-    const circle = event.target.closest?.("circle.nd");
+    const circle = event.target.closest?.(".nd");
     const owner = circle?.closest("[data-task]")?.dataset.task;
     const index = tasks.indexOf(owner);
     if (index < 0 || data[owner].nodes.indexOf(circle.textContent) < 0) return;

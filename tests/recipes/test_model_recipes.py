@@ -27,8 +27,8 @@ PARAMETERS = {
     "smollm2-135m": 134_515_008,
 }
 CONFIGS = {
-    "train": "TrainConfig", "extract": "ExtractConfig", "edit": "EditRecipeConfig", "audit": "AuditConfig", "compare": "CompareConfig",
-    "pretrain": "PretrainConfig", "transfer": "TransferConfig",
+    "train": "TrainConfig", "extract": "ExtractConfig", "edit": "EditRecipeConfig", "audit": "AuditConfig",
+    "pretrain": "PretrainConfig", "transfer": "TransferConfig", "compare": "CompareConfig",
 }  # fmt: skip
 YAMLS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
 
