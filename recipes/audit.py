@@ -28,11 +28,13 @@ from extractor.circuit import Circuit
 from extractor.config import Config, as_arguments, dump_config, run_recipe
 from extractor.errors import InputError
 from extractor.machine import fast_fp32, start_processes, use_all_cores
+from extractor.node_labels import labels_of
 from extractor.statistics import undefined
 from extractor.tasks import task_names
 
 TOLERANCE = {"prompts": 1, "nats": 0.001}
 """What a replay may differ by: other processors round sums otherwise."""
+MOST_CARDS = 40  # of a circuit's nodes
 MOST_EDGES = 1000  # of a circuit in the report, the strongest; its file has all
 
 
@@ -113,11 +115,32 @@ def read_circuits(run: Path) -> dict[str, Any]:
     for path in sorted((run / "circuits").glob("*.json")):
         circuit = Circuit.load(path)
         raw = read_json(path, "circuit", "recipes/extract.py")
-        settings = {key: circuit.settings[key] for key in ("target", "target_loss", "ablation")}
         edges = sorted(raw["edges"], key=lambda edge: -abs(edge[2]))[:MOST_EDGES]
-        graph = {"nodes": raw["nodes"], "edges": edges}
-        found[circuit.task] = {**circuit.evidence, **settings, "graph": graph}
+        found[circuit.task] = {
+            **circuit.evidence,
+            **{key: circuit.settings[key] for key in ("target", "target_loss", "ablation")},
+            "hashes": circuit.hashes,
+            "graph": {"nodes": raw["nodes"], "edges": edges},
+            "cards": node_cards(run / "circuits" / circuit.task / "nodes.json"),
+        }
     return found
+
+
+def node_cards(path: Path) -> Any:
+    """What the nodes mean (`recipes/extract.py --describe true`), those with the largest effects first."""
+    if not path.is_file():
+        return undefined("nodes were not described: --describe true")
+    rows = read_json(path, "nodes", "recipes/extract.py")["nodes"]
+    rows.sort(key=lambda row: -abs(row["effect"]["total"].get("value", 0.0)))
+    return [
+        {
+            "node": row["node"],
+            "labels": labels_of(row["labels"]),
+            "effect": row["effect"],
+            "contexts": [*row["top"][:2], *row["bottom"][:1]],
+        }
+        for row in rows[:MOST_CARDS]
+    ]
 
 
 def read_edits(run: Path) -> dict[str, Any]:
@@ -218,7 +241,7 @@ def replay_lines(config: AuditConfig) -> str:
     return "\n".join(
         f"accelerate launch recipes/{verb}.py --config recipes/python/{verb}.yaml --run {config.run}"
         + ("" if verb == "extract" else dense)
-        for verb in ("train", "extract", "edit", "audit")
+        for verb in ("train", "extract", "edit", "compare", "audit")
     )
 
 

@@ -1,8 +1,8 @@
-"""The main job on the embedded checkpoint: train, extract, edit, audit.
+"""The main job on the embedded checkpoint: train, extract, edit, compare, audit.
 
     accelerate launch recipes/quickstart.py
 
-Runs the four recipes one after the other, with the commands it prints; each reads the previous one's
+Runs the five recipes one after the other, with the commands it prints; each reads the previous one's
 files. `--run FOLDER` chooses the run folder (runs/quickstart); run again, it goes on where it stopped.
 """
 
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-STAGES = ("train", "extract", "edit", "audit")
+STAGES = ("train", "extract", "edit", "compare", "audit")
 
 
 def main() -> None:

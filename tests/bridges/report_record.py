@@ -60,6 +60,13 @@ def circuit() -> dict[str, Any]:
                 }
             },
         },
+        "cards": [
+            {
+                **{"node": "0.attn.act_in:12", "labels": ["high after an opening bracket"]},
+                "effect": {"total": mark(2.5), "direct": mark(0.5)},
+                "contexts": [{"activation": 3.5, "before": "x = ", "token": "[", "after": "1"}],
+            }
+        ],
         "templates": [{"template": 0, "n": 64, "student_accuracy": 0.98, "accuracy": 0.95, "loss": 0.14}],
         "size_curve": {
             "cuts": [{"nodes": 4, "edges": 3, "loss": 0.6}, {"nodes": 12, "edges": 8, "loss": 0.14}],
