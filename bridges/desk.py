@@ -64,10 +64,12 @@ class Desk:
         circuit: Circuit,
     ):
         self.dense, self.student, self.bridges, self.batch = dense, student, bridges, batch
+        inside = torch.arange(batch.ids.shape[1], device=batch.ids.device) <= batch.last[:, None]
+        self.inputs = {"input_ids": batch.ids, "attention_mask": inside.long(), "use_cache": False}
         recorder = Recorder(*{node.address for node in circuit.nodes})
         self.unedited = {
             "student": self._answers(student(batch.ids, tap=recorder).logits),
-            "dense": self._answers(dense.model(input_ids=batch.ids, use_cache=False).logits),
+            "dense": self._answers(dense.model(**self.inputs).logits),
         }
         self.counterfactual = {
             address: batch.counterfactual(presented) for address, presented in recorder.activations.items()
@@ -90,7 +92,7 @@ class Desk:
             Edit.from_intervention(intervention, self.student, self.bridges), self.dense, self.student
         )
         with live.applied(last=self.batch.last, counterfactual=self.counterfactual) as model:
-            return self._answers(model(input_ids=self.batch.ids, use_cache=False).logits)
+            return self._answers(model(**self.inputs).logits)
 
 
 @torch.no_grad()
