@@ -30,6 +30,7 @@ from bridges.compare import LOSS, SHARE, VALUES_AT_ONCE, Forward, ShowConfig
 from bridges.compare_figures import calibration_bins, calibration_error, counted, rank_correlation
 from bridges.dense import DenseModel
 from bridges.edit import Edit
+from bridges.edit_table import best_strength
 from bridges.live import LiveEdit
 from bridges.losses import log_probs
 from bridges.run_models import RunModels
@@ -48,7 +49,6 @@ LastLogits = Callable[[TaskBatch], Float[Tensor, "example vocab"]]
 """Logits at the end of every prompt of a batch of pairs."""
 REFERENCES = ("dense", "student")
 PAIRS_AT_ONCE = 16
-GOAL = 0.8  # of indirect flips: an edit's strength is the least that reaches it, or else the best
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,6 @@ def _steering(
         raise InputError("this edit has no steering form")
     streams = models.streams(models.prompts(circuit, "train", train_pairs), edit.source)
     return steering_form(edit, streams, models.student, models.bridges, found["steering_direction"])
-
-
-def best_strength(strengths: Sequence[float], indirect: Sequence[float]) -> float:
-    """The least with a flip rate of at least 80 % by the indirect effect, or else the best; never zero."""
-    rates = {s: rate for s, rate in zip(strengths, indirect, strict=True) if s}
-    if not rates:
-        raise InputError("the edit was measured at no strength but zero")
-    reached = [s for s, rate in rates.items() if rate >= GOAL]
-    return min(reached) if reached else max(rates, key=rates.__getitem__)
 
 
 def at_last(logits: Float[Tensor, "example seq vocab"], last: Int[Tensor, " example"]) -> Tensor:

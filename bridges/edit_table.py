@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bridges.tables import at, markdown, number, percent
+from extractor.errors import InputError
 
+GOAL = 0.8  # of indirect flips: an edit's strength is the least that reaches it, or else the best
 COLUMNS = (
     "task", "site", "nodes", "smallest at strength 1 / 2", "share of all channels' effect", "strength",
     "flips: indirect / total", "random nodes / direction", "off-target KL", "student predicts (r)",
@@ -21,7 +23,7 @@ def edit_table(edits: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _row(edit: Mapping[str, Any]) -> list[str]:
-    index = _strength(edit["flip_rate_indirect"])
+    index = edit["strengths"].index(best_strength(edit["strengths"], edit["flip_rate_indirect"]))
     smallest = list(edit["smallest"].values())
     first = smallest[0]
     compared = at(edit, "alternatives", "at_least_as_good")
@@ -41,7 +43,10 @@ def _row(edit: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _strength(rates: Sequence[float], goal: float = 0.8) -> int:
-    return next(
-        (i for i, rate in enumerate(rates) if rate >= goal), max(range(len(rates)), key=rates.__getitem__)
-    )
+def best_strength(strengths: Sequence[float], indirect: Sequence[float]) -> float:
+    """The least with a flip rate of at least 80 % by the indirect effect, or else the best; never zero."""
+    rates = {s: rate for s, rate in zip(strengths, indirect, strict=True) if s}
+    if not rates:
+        raise InputError("the edit was measured at no strength but zero")
+    reached = [s for s, rate in rates.items() if rate >= GOAL]
+    return min(reached) if reached else max(rates, key=rates.__getitem__)

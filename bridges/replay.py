@@ -31,7 +31,7 @@ from bridges.evaluate import compare_on_text
 from bridges.report_file import read_report
 from bridges.report_values import at, entries, verdict
 from bridges.run_models import RunModels, run_text
-from extractor.data import DataConfig, load_blocks
+from extractor.data import DataConfig, load_spread
 from extractor.errors import InputError
 from extractor.evidence import EvidenceConfig, gather_evidence
 from extractor.machine import fast_fp32, use_all_cores
@@ -109,10 +109,9 @@ class Replay:
         """What resample ablation draws from; whether it is of the text the circuits were found with."""
         settings = self.settings["extract"]
         data, count = DataConfig(**settings["data"]), settings["mean_blocks"]
-        wanted = count * data.context_length
-        train = load_blocks(data, self.models.tokenizer, "train", max_tokens=wanted)
+        train = load_spread(data, self.models.tokenizer, "train", count)
         stated = at(self.record, "provenance", "inputs", "extract", "train_text_sha256")
-        return Bank(self.models.student, train.first(count)), train.digest == stated
+        return Bank(self.models.student, train.sample(count)[0]), train.digest == stated
 
     def text(self) -> Iterator[Comparison]:
         trained = self.settings["train"]

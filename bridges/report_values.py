@@ -129,7 +129,7 @@ def interval(value: Any) -> str:
 
 
 def best_index(edit: Any) -> int | None:
-    """The least strength with the highest indirect flip rate, or total where that is unknown.
+    """The least strength above 0 with the highest indirect flip rate, or total where that is unknown.
 
     The indirect rate, because a total one can be nothing but a direct write to the logits.
     """
@@ -138,7 +138,7 @@ def best_index(edit: Any) -> int | None:
         ranked = [
             (-rate, abs(strength), i)
             for i, x in enumerate(strengths)
-            if (strength := finite(x)) is not None and (rate := finite(at(edit, key, i))) is not None
+            if (strength := finite(x)) and (rate := finite(at(edit, key, i))) is not None
         ]
         if ranked:
             return min(ranked)[2]

@@ -21,7 +21,7 @@ from bridges.dense import DenseModel
 from bridges.edit import Hashes
 from extractor.artifacts import fingerprint, read_json
 from extractor.circuit import Circuit
-from extractor.data import DataConfig, TokenBlocks, load_blocks
+from extractor.data import DataConfig, TokenBlocks, load_blocks, load_spread
 from extractor.errors import InputError
 from extractor.masks import load_means
 from extractor.student import load_student
@@ -104,14 +104,8 @@ class RunModels:
 
     def text(self, data: DataConfig, split: Literal["train", "held_out"], count: int) -> TextBlocks:
         """Blocks from many files, and where documents are kept apart their positions."""
-        wanted = 32 * count * data.context_length  # more than is read
-        ids, position_ids = load_blocks(data, self.tokenizer, split, max_tokens=wanted).sample(count)
+        ids, position_ids = load_spread(data, self.tokenizer, split, count).sample(count)
         return ids.to(self.dense.device), position_ids
-
-    def first_text(self, data: DataConfig, split: Literal["train", "held_out"], count: int) -> Tensor:
-        """The first blocks of the text, as recipes/extract.py takes means over them."""
-        wanted = count * data.context_length
-        return load_blocks(data, self.tokenizer, split, max_tokens=wanted).first(count).to(self.dense.device)
 
     def streams(self, batch: TaskBatch, source: Source = "student") -> PromptStreams:
         return PromptStreams(self.dense, self.student, self.bridges, batch, source=source)

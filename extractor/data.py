@@ -34,6 +34,7 @@ from extractor.errors import InputError
 from extractor.text import DataConfig, Split, SplitReader
 
 ALGORITHM = 1  # raise it when the same text would give other blocks
+SPREAD = 32  # times as much text as a sample takes
 DOCUMENTS_AT_ONCE = 64  # a fast tokenizer spreads them over the cores
 
 
@@ -68,8 +69,10 @@ class TokenBlocks:
         return torch.from_numpy(self.blocks[:count].astype(np.int64))
 
     def sample(self, count: int) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"] | None]:
-        """The first `count` blocks with their position ids."""
-        blocks = self.first(count)
+        """`count` blocks (all, if there are fewer), evenly spread: neighbours are mostly of one document."""
+        count = min(count, len(self.blocks))
+        chosen = np.arange(count) * len(self.blocks) // max(count, 1)
+        blocks = torch.from_numpy(self.blocks[chosen].astype(np.int64))
         return blocks, self.positions(blocks)
 
     def positions(self, input_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"] | None:
@@ -178,6 +181,13 @@ def load_blocks(
     if config.separate_documents:
         blocks = replace(blocks, end_of_text=tokenizer.eos_token_id)
     return blocks if apart_from is None else blocks.apart_from(apart_from)
+
+
+def load_spread(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Split, count: int
+) -> TokenBlocks:
+    """Text to take `sample(count)` from: many times as much, so that the sample is of many documents."""
+    return load_blocks(config, tokenizer, split, max_tokens=SPREAD * count * config.context_length)
 
 
 def cache_root() -> Path:

@@ -36,13 +36,12 @@ from extractor.artifacts import SCHEMA_VERSION, read_json, update_manifest, writ
 from extractor.circuit import Circuit
 from extractor.compact import CompactStudent
 from extractor.config import Config, run_recipe
-from extractor.data import DataConfig, load_blocks
+from extractor.data import DataConfig, load_spread
 from extractor.errors import InputError
 from extractor.machine import fast_fp32, start_processes, use_all_cores
 from extractor.statistics import undefined
 from extractor.tasks import encode_pairs, make_pairs, refuse_unknown_tasks, task_names
 
-SPREAD = 32  # times the blocks asked for: the text that they are taken from
 NOTES = {
     "dense": "the dense model itself: every difference is zero",
     "student": "the whole student",
@@ -141,8 +140,7 @@ def extraction_of(run: Path) -> dict[str, Any]:
 def on_text(bench: Bench) -> dict[str, Any]:
     """All models on held-out text, with what each of them is."""
     config, models, data = bench.config, bench.models, bench.data
-    wanted = SPREAD * config.text_blocks * data.context_length
-    blocks = load_blocks(data, models.tokenizer, "held_out", max_tokens=wanted)
+    blocks = load_spread(data, models.tokenizer, "held_out", config.text_blocks)
     sample = TextSample.spread(blocks, config.text_blocks, models.tokenizer, kind_of(data))
     forwards: dict[str, Forward | str] = {
         "dense": of_dense(models.dense)[0],

@@ -44,7 +44,7 @@ from extractor.controls import (
     seed_controls,
     shuffled_control,
 )
-from extractor.data import DataConfig, load_blocks
+from extractor.data import DataConfig, load_spread
 from extractor.evidence import EvidenceConfig, gather_evidence
 from extractor.machine import fast_fp32, start_processes, use_all_cores
 from extractor.masks import Bank, Means, mean_activations, save_means
@@ -158,14 +158,12 @@ def load_subject(config: ExtractConfig, device: torch.device) -> tuple[Subject, 
     """The run's student and its means; and the digest of the training text."""
     student, tokenizer = load_student(config.run / "student", device)
     student.requires_grad_(False)
-    length = config.data.context_length
-    train = load_blocks(config.data, tokenizer, "train", max_tokens=config.mean_blocks * length)
-    text = train.first(config.mean_blocks).to(device)
+    train = load_spread(config.data, tokenizer, "train", config.mean_blocks)
+    text = train.sample(config.mean_blocks)[0].to(device)
     held_out = text[:0]
     if config.describe:
-        # many more than are read, so that they come from many files
-        blocks = load_blocks(config.data, tokenizer, "held_out", max_tokens=2048 * length)
-        held_out = blocks.batch(step=0, size=config.describe_blocks, seed=config.seed)
+        blocks = load_spread(config.data, tokenizer, "held_out", config.describe_blocks)
+        held_out = blocks.sample(config.describe_blocks)[0]
     means, bank = mean_activations(student, text), Bank(student, text)
     frozen = means
     if config.prune.ablation == "zero":

@@ -24,7 +24,7 @@ from extractor.artifacts import (
     write_json,
 )
 from extractor.checkpoints import load_checkpoint, save_checkpoint
-from extractor.data import DataConfig, TokenBlocks, load_blocks
+from extractor.data import DataConfig, TokenBlocks, load_blocks, load_spread
 from extractor.errors import InputError
 from extractor.student import Student
 from extractor.text import describe_data, find_documents, iter_texts
@@ -205,6 +205,23 @@ def test_an_own_held_out_source_is_not_trained_on(corpora, tmp_path, shipped_tok
     assert sorted(iter_texts(config, "held_out", 0)) == sorted(texts)
     blocks = load_blocks(config, shipped_tokenizer, "train", max_tokens=10**6)
     assert blocks.facts["sources"][0]["left_out"] == {"also_held_out": 10}
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen"), [(4, [0, 2, 5, 7]), (1, [0]), (10, list(range(10))), (99, list(range(10)))]
+)
+def test_a_sample_is_spread_over_the_text(count: int, chosen: list[int]) -> None:
+    blocks = TokenBlocks(np.arange(10, dtype=np.int32)[:, None], "none")
+    assert blocks.sample(count)[0].flatten().tolist() == chosen
+
+
+def test_text_to_sample_from_is_of_many_documents(corpus: DataConfig, shipped_tokenizer) -> None:
+    few = load_blocks(corpus, shipped_tokenizer, "train", max_tokens=2 * corpus.context_length)
+    many = load_spread(corpus, shipped_tokenizer, "train", 2)
+    assert len(few) == 2
+    assert len(many) == 2 * 32
+    assert not torch.equal(many.sample(2)[0], few.first(2))
+    assert len(load_spread(corpus, shipped_tokenizer, "held_out", 10_000)) < 10_000  # all there is
 
 
 def test_held_out_blocks_that_are_training_blocks_are_dropped() -> None:
