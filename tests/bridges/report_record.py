@@ -115,6 +115,21 @@ def steering() -> dict[str, Any]:
     return {"strength": 1.0, "flip_rate": 0.9, "flip_rate_indirect": 0.8, "text": text}
 
 
+def transfer() -> dict[str, Any]:
+    return {
+        "monitor": {
+            **{"site": "1.resid_mid", "share_of_text_tokens_with_alarm": 0.02},
+            "prompts": {
+                name: {"auroc": 0.99, "logistic_probe": {"auroc": 0.98}} for name in ("held_out", "shifted")
+            },
+        },
+        "image": {
+            "accuracy": 0.55,
+            "random_subspaces": {"accuracy_mean": 0.9, "p": 0.02, "selectivity_p": 0.04},
+        },
+    }
+
+
 def desk() -> dict[str, Any]:
     """Two nodes, two settings, two prompts."""
     return {
@@ -138,6 +153,50 @@ def desk() -> dict[str, Any]:
         "dense": [[[-1.0, 0.5], [1.25, 2.0]], [[2.0, 3.75], [2.0, 4.0]]],
         "student_top": [[[1, 0], [0, 1]], [[0, 1], [0, 1]]],
         "dense_top": [[[1, 2], [0, 1]], [[0, 1], [0, 1]]],
+    }
+
+
+def comparison(*tasks: str) -> dict[str, Any]:
+    """Two models on text, four on every task."""
+    overall = {
+        **{"tokens": 1000, "loss": mark(2.1), "loss_difference": mark(0.4), "kl": mark(0.41)},
+        "loss_correlation": {"pearson": mark(0.9), "spearman": 0.88},
+        **{"top1_agreement": mark(0.7), "top1_accuracy": mark(0.5), "calibration_error": 0.02},
+    }
+    by_class = {"keywords": {key: overall[key] for key in ("tokens", "loss", "loss_difference", "kl")}}
+    by_class["keywords"]["top1_agreement"] = mark(0.8)
+    top = [{"token": " in", "probability": 0.6}, {"token": ":", "probability": 0.2}]
+    worst = {
+        **{"before": "for x", "token": " in", "after": " y:", "class": "keywords", "kl": 3.5},
+        **{"loss": {"dense": 0.1, "student": 5.5}, "top": {"dense": top, "student": top}},
+    }
+    against = {"loss_difference": mark(0.3), "accuracy_difference": mark(-0.1), "same_answer": mark(0.8)}
+    model = {"accuracy": mark(0.8), "loss": mark(0.3), "against": {"dense": against, "student": against}}
+    task = {
+        "counts": {"planned": 64, "run": 64, "scored": 64, "excluded": 0, "reasons": []},
+        "models": {
+            **{"dense": model, "student": model, "circuit": model},
+            "edited": model | {"flips": mark(0.7)},
+        },
+        "worst": [
+            {
+                **{"prompt": "x = [1", "answer": "]", "distractor": ")"},
+                "logit_difference": {"dense": 5.5, "student": -1.5},
+            }
+        ],
+    }
+    return {
+        "text": {
+            "counts": {
+                **{"planned": 1024, "run": 1024, "scored": 1000, "excluded": 24},
+                "reasons": [{"reason": "the first token of a block", "count": 24}],
+            },
+            "classes": ["keywords"],
+            "models": {name: {"overall": overall, "by_class": by_class} for name in ("dense", "student")},
+            "scatter": {"shown": 2, "of": 1000, "points": [[0.5, 1.5, 0], [2.5, 2.25, 0]]},
+            "worst": {"by_kl": [worst], "by_loss_difference": [worst]},
+        },
+        "tasks": {name: task for name in tasks},
     }
 
 
@@ -194,6 +253,8 @@ def record(*tasks: str) -> dict[str, Any]:
         "circuits": {task: circuit() for task in tasks},
         "edits": {task: edit() for task in tasks},
         "desk": {task: desk() for task in tasks},
+        "compare": comparison(*tasks),
+        "transfer": {task: transfer() for task in tasks},
         "accounting": [
             {
                 **{"what": "prompts", "planned": 256, "run": 256, "scored": 239, "excluded": 17},

@@ -23,7 +23,7 @@ from extractor.errors import InputError
 from tests.bridges.report_record import circuit, edit, record, small_graph
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u202e\x1b[2J\ud800 {{ 7*7 }}"
-UNSHOWN = {"clusters", "n", "num_right_before", "cuts", "nonsense"}
+UNSHOWN = {"clusters", "n", "num_right_before", "cuts", "nonsense", "scatter", "run", "excluded"}
 """Of intervals, counted in the account of prompts, only drawn, or shown as the least of several."""
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 RATES = ("flip_rate", "flip_rate_indirect", "control_random_node", "control_random_direction")
