@@ -120,8 +120,8 @@ class Edit:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """The nodes, change by change."""
-        return tuple(node for change in self.intervention.changes for node in change.nodes)
+        """The nodes, crossing by crossing: each has its row in `directions`."""
+        return tuple(node for crossing in self.crossings for node in crossing.change.nodes)
 
     @property
     def directions(self) -> Float[Tensor, "node d_dense"]:

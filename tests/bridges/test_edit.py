@@ -158,6 +158,20 @@ def test_a_patch_at_one_site_keeps_the_names_that_reports_read(dense, pair, tmp_
     assert torch.equal(loaded.directions, edit.directions)
 
 
+def test_a_saved_edit_moves_the_stream_as_the_chosen_one(dense, pair, prompts, tmp_path) -> None:
+    """Nodes are chosen in any order, crossings hold them in the model's: each must keep its own direction."""
+    student, bridges = pair
+    streams, site = PromptStreams(dense, student, bridges, prompts), Site(1, "resid_mid")
+    chosen = Edit.from_nodes([Node(site.read_address, channel) for channel in (17, 0, 5)], site, bridges)
+    crossed = Edit.from_intervention(chosen.intervention, student, bridges, hashes=Hashes(dense.sha256))
+    crossed.save(tmp_path / "e")
+    delta = streams.delta(chosen)
+    assert delta.norm() > 0.1
+    for edit in (crossed, Edit.load(tmp_path / "e", dense)):
+        assert set(edit.nodes) == set(chosen.nodes)
+        torch.testing.assert_close(streams.delta(edit), delta, atol=1e-6, rtol=1e-5)
+
+
 def test_an_edit_that_misses_a_limit_is_refused_and_says_so_when_forced(dense, pair, tmp_path) -> None:
     student, bridges = pair
     node = Node("1.mlp.act_in", 3)
