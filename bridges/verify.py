@@ -10,7 +10,6 @@
 Each check is printed; whatever failed names its field. None of this needs a model or a network.
 """
 
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from bridges.integrity import (
     stated_page_digest,
 )
 from bridges.report import page_code, render_html
+from bridges.report_file import parse_strict
 from bridges.report_schema import schema_faults
 from bridges.report_values import at, entries
 from extractor.artifacts import SCHEMA_VERSION, file_sha256
@@ -99,8 +99,8 @@ def page_check(page: str) -> Check:
 def record_checks(text: str) -> Iterator[Check]:
     """Checks of the record's text; returns the record, or None where it cannot be read."""
     try:
-        record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        record = parse_strict(text)
+    except ValueError as error:
         place = pointer_at(text, getattr(error, "pos", 0))
         yield Check("FAILED", "record", f"not JSON at or near {place} ({error})")
         return None
@@ -160,9 +160,8 @@ def beside_check(path: Path, record: dict[str, Any]) -> Check:
     if not path.is_file():
         return Check("not checked", "report.json", "not beside the page")
     try:
-        other = json.loads(path.read_bytes())
+        other = parse_strict(text := path.read_bytes().decode("utf-8", "surrogateescape"))
     except ValueError as error:
-        text = path.read_bytes().decode("utf-8", "replace")
         place = pointer_at(text, getattr(error, "pos", 0))
         return Check("FAILED", "report.json", f"not JSON at or near {place} ({error})")
     if other != record:

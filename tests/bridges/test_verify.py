@@ -132,6 +132,20 @@ def _parsed(content: bytes) -> object:
         return None
 
 
+@pytest.mark.parametrize(
+    ("sound", "unsound", "why"),
+    [('"ce":1.8765', '"ce":NaN', "NaN is not JSON"), ('"ce":1.8765', '"ce":1.5,"ce":1.8765', "there twice")],
+)
+def test_what_readers_may_read_in_two_ways_fails(run: Path, sound: str, unsound: str, why: str) -> None:
+    """The last of two keys alone would still fit its digest."""
+    path = run / "report.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()), separators=(",", ":")).replace(sound, unsound, 1)
+    )
+    assert why in " ".join(str(check) for check in check_report(path))
+    assert verify(path) == 6
+
+
 def test_another_version_is_refused_by_name(run: Path) -> None:
     value = json.loads((run / "report.json").read_text())
     value["schema_version"] = 99
