@@ -1,6 +1,7 @@
 """The command `sparsebridge`: what an auditor does beside the recipes, which are started by their files.
 
-    sparsebridge doctor | check | verify | replay | diff | sign    (each with --help)
+    sparsebridge doctor | check | verify | replay | diff | sign                        (each with --help)
+    sparsebridge serve | submit | jobs | logs | cancel | worker | gc | reindex       (bridges.service)
 
 Every sub-command is imported when it is run: torch takes seconds, and `doctor` must run where torch does not.
 """
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from bridges.service.commands import add_commands
 
 EXIT_CODES = """exit codes: 0 fine; 1 `diff` found other evidence; 2 wrong command line; 3 input refused;
 4 this machine or installation; 6 `verify`: changed or not as signed; 7 `replay`: another verdict;
@@ -102,7 +105,7 @@ def _sign(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sparsebridge",
-        description="Check a machine, a checkpoint or a report, and compare or sign reports.",
+        description="Check a machine, a checkpoint or a report; compare, sign reports; run recipes as jobs.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -168,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--all", action="store_true", help="print every difference, however many there are")
     for machine_readable in (doctor, check, diff):
         machine_readable.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_commands(command)
     sign = command(
         "sign",
         _sign,

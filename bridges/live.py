@@ -58,6 +58,7 @@ class LiveEdit:
         last: Int[Tensor, " batch"] | None = None,
         counterfactual: Counterfactual | None = None,
         indirect: bool = False,
+        presented: Mapping[str, Tensor] | None = None,
     ) -> Iterator[PreTrainedModel]:
         """The dense model under the edit.
 
@@ -68,8 +69,12 @@ class LiveEdit:
                 `TaskBatch.counterfactual`).
             indirect: take the deltas out again before the final norm, so that their direct write to the
                 logits does not count.
+            presented: the student's activations on exactly these prompts, at every address that a crossing
+                or a condition reads (`read`), so that it does not run again. For one forward of whole
+                prompts. What crosses by its `difference` runs the student all the same.
         """
-        forward = _Forward(self, self.edit.scaled(strength), PromptPositions(last), counterfactual)
+        edit = self.edit.scaled(strength)
+        forward = _Forward(self, edit, PromptPositions(last), counterfactual, presented)
         with ExitStack() as stack:
             before = self.dense.model.register_forward_pre_hook(forward.begin, with_kwargs=True)
             stack.enter_context(hooked(before))
@@ -117,10 +122,13 @@ class _Forward:
         edit: Edit,
         positions: PromptPositions,
         counterfactual: Counterfactual | None,
+        recorded: Mapping[str, Tensor] | None,
     ):
         self.live, self.edit, self.positions = live, edit, positions
         self.tap = InterventionTap(edit.intervention, positions, counterfactual)
         self.counterfactual = counterfactual
+        self.recorded = recorded
+        self.addresses = {crossing.address for crossing in edit.crossings} | self.tap.conditions
         self.presented: dict[str, Tensor] = {}
         self.differences: dict[int, Tensor] = {}  # of the student's stream, by number of the crossing
         self.caches: dict[int | None, DynamicCache] = {}  # of the student unchanged, and of each difference
@@ -131,8 +139,25 @@ class _Forward:
         self.presented.clear()
         self.differences.clear()
         self.tap.before.clear()
-        if self.edit.source == "student":
+        if self.edit.source != "student":
+            return
+        if self.recorded is None or any(crossing.via == "difference" for crossing in self.edit.crossings):
             self._run_student(args, kwargs)
+        else:
+            tokens = args[0] if args else kwargs.get("input_ids")
+            self._take_recorded(self.recorded, kwargs["inputs_embeds"] if tokens is None else tokens)
+
+    def _take_recorded(self, recorded: Mapping[str, Tensor], tokens: Tensor) -> None:
+        """What the student would give for these tokens, from a run of it elsewhere."""
+        if missing := self.addresses - recorded.keys():
+            raise UsageError(f"presented: no activations at {min(missing)}")
+        self.presented |= {address: recorded[address] for address in self.addresses}
+        shapes = {tuple(value.shape[:2]) for value in self.presented.values()}
+        if self.positions.start or shapes != {tuple(tokens.shape[:2])}:
+            raise UsageError(
+                "presented: the activations are not of the whole prompts of this forward; leave them out "
+                "where tokens are generated"
+            )
 
     @torch.no_grad()
     def _run_student(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -158,8 +183,7 @@ class _Forward:
                 "the student has not read the tokens in the dense model's cache; enter applied() before the "
                 "prompt, and use source bridge where a cache is cropped or reordered"
             )
-        addresses = {crossing.address for crossing in self.edit.crossings} | self.tap.conditions
-        recorder = Recorder(*addresses, *map(str, self.edit.sites))
+        recorder = Recorder(*self.addresses, *map(str, self.edit.sites))
         options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         self.live.student(ids, tap=compose(tap, recorder), **options, **inputs)
         return recorder.activations

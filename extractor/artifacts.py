@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from extractor.errors import InputError, MachineError
 
 SCHEMA_VERSION = 1
@@ -166,6 +164,8 @@ def source_sha256() -> str:
 
 def environment() -> dict[str, Any]:
     """Versions, code revision and hardware that a result rests on."""
+    import torch  # takes seconds; who only reads files needs none
+
     versions = {}
     for name in REPORTED_DISTRIBUTIONS:
         try:

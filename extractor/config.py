@@ -6,7 +6,10 @@ and exits; `--help` lists every key with its meaning and default. A config with 
 written as one value: `dense: folder` in YAML and `--dense folder` both set `dense.path`.
 """
 
+import contextlib
 import difflib
+import json
+import os
 import shlex
 import sys
 import types
@@ -58,10 +61,20 @@ def run_recipe(main: Callable[[C], None], config_type: type[C], argv: Sequence[s
         sys.stdout.flush()
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.stderr.flush()
+        _leave_outcome(error.exit_code, str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: run the same command again to resume\n")
+        _leave_outcome(130, "interrupted")
         sys.exit(130)
+
+
+def _leave_outcome(exit_code: int, error: str) -> None:
+    """For who started the launcher (`bridges.service.worker`): launchers keep their script's exit code and
+    last words to themselves."""
+    if path := os.environ.get("SPARSEBRIDGE_OUTCOME"):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"exit_code": exit_code, "error": error}), encoding="utf-8")
 
 
 def load_config(config_type: type[C], argv: Sequence[str]) -> C:

@@ -20,12 +20,11 @@ def test_ci_takes_its_two_commands_from_the_readme() -> None:
 
 def test_every_file_in_the_tree_exists() -> None:
     tree = re.search(r"## The tree\n+```\n(.*?)```", README, flags=re.DOTALL).group(1)
-    folder = ROOT
+    parents = [ROOT]
     for line in filter(str.strip, tree.splitlines()):
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = ROOT / name
-        path = folder / name if line.startswith(" ") else folder
+        depth = (len(line) - len(line.lstrip())) // 2
+        path = parents[depth] / line.split()[0]
+        parents[depth + 1 :] = [path]
         assert path.exists(), path.relative_to(ROOT)
 
 

@@ -10,7 +10,10 @@ import pytest
 from bridges.cli import main
 from tests.conftest import ROOT
 
-COMMANDS = ("doctor", "check", "verify", "replay", "diff", "sign")
+COMMANDS = (
+    *("doctor", "check", "verify", "replay", "diff", "sign"),
+    *("serve", "submit", "jobs", "logs", "cancel", "worker", "gc", "reindex"),
+)
 
 
 def exit_code(*arguments: str) -> int:

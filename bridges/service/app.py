@@ -1,0 +1,216 @@
+"""The HTTP API and the pages. Ids and plain values come in, never a path; nothing is uploaded.
+
+Who may ask is decided before any route runs (`bridges.service.guard`).
+"""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Header, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from bridges.service import follow, submit
+from bridges.service.follow import JobView
+from bridges.service.guard import contained, is_id
+from bridges.service.jobs import State
+from bridges.service.pages import add_pages
+from bridges.service.queue import NoSuchJob, Queue
+from bridges.service.session_routes import add_session_routes
+from bridges.service.sessions import Sessions
+from extractor.errors import InputError, MachineError, UsageError
+
+PAGE = 50
+REPORT_POLICY = "sandbox allow-scripts; frame-ancestors 'none'"
+"""The report brings its own policy; in a sandbox its script has no cookie and no way back to this server."""
+
+
+class JobRequest(BaseModel):
+    """A recipe and its config by name, the run by the name of its folder, and plain values."""
+
+    model_config = ConfigDict(extra="forbid")
+    recipe: str = Field(max_length=64)
+    config: str = Field("", max_length=128)
+    run: str = Field(max_length=128)
+    settings: dict[str, Any] = Field({}, max_length=64)
+
+
+class JobPage(BaseModel):
+    """Jobs, newest first; `before` of the next page, if there is one."""
+
+    jobs: list[JobView]
+    before: int | None
+
+
+def make_app(home: Path, runs: Path, sessions: Sessions) -> FastAPI:
+    """The application over the runs; `home` holds the recipes."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        sessions.close()
+        queue.close()
+
+    queue = Queue(runs)
+    app = FastAPI(
+        title="sparsebridge", version="1", docs_url=None, redoc_url=None,
+        openapi_url="/api/v1/openapi.json", lifespan=lifespan,
+    )  # fmt: skip
+    add_errors(app)
+    add_job_routes(app, queue, home, runs)
+    add_run_routes(app, runs)
+    add_session_routes(app, sessions, runs)
+    add_pages(app, queue, home, runs)
+    return app
+
+
+def add_errors(app: FastAPI) -> None:
+    """A user's mistake is one line; what is absent and what is not allowed to be seen answer alike."""
+
+    def answer(code: int):
+        async def handler(request: Request, error: Exception) -> JSONResponse:
+            return JSONResponse({"error": " ".join(str(error).split())}, code)
+
+        return handler
+
+    async def not_found(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": "no such thing here"}, 404)
+
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        return JSONResponse({"error": f"{where}: {first['msg']}"}, 422)
+
+    app.add_exception_handler(UsageError, answer(400))
+    app.add_exception_handler(InputError, answer(422))
+    app.add_exception_handler(MachineError, answer(503))
+    for kind in (LookupError, NoSuchJob, 404):
+        app.add_exception_handler(kind, not_found)
+    app.add_exception_handler(RequestValidationError, invalid)
+
+
+def add_job_routes(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
+    @app.get("/healthz")
+    def healthz() -> dict[str, bool]:
+        """The server answers."""
+        return {"ok": True}
+
+    @app.get("/readyz")
+    def readyz() -> dict[str, int]:
+        """The index can be read: how many jobs there are."""
+        return {"jobs": queue.count()}
+
+    @app.get("/api/v1/recipes")
+    def recipes() -> dict[str, dict[str, list[str]]]:
+        """By recipe: its configs, and what may be set."""
+        found = submit.configs(home)
+        return {
+            recipe: {"configs": found[recipe], "settings": list(submit.SETTINGS[recipe])} for recipe in found
+        }
+
+    @app.post("/api/v1/jobs", status_code=201)
+    def submit_job(
+        request: JobRequest, idempotency_key: Annotated[str | None, Header(max_length=200)] = None
+    ) -> JobView:
+        """Queue a job; the same key again gives the same job."""
+        job = submit.from_names(home, runs, **request.model_dump(), idempotency_key=idempotency_key)
+        known, status = queue.get(queue.submit(job).id)
+        return follow.view(runs, known, status)
+
+    @app.get("/api/v1/jobs")
+    def list_jobs(
+        limit: Annotated[int, Query(ge=1, le=200)] = PAGE,
+        before: Annotated[int | None, Query(ge=1)] = None,
+        state: State | None = None,
+    ) -> JobPage:
+        """Newest first, page by page."""
+        found = queue.page(limit=limit, before=before, states=(state,) if state else ())
+        views = [follow.view(runs, job, status) for _, job, status in found]
+        return JobPage(jobs=views, before=found[-1][0] if len(found) == limit else None)
+
+    @app.get("/api/v1/jobs/{job_id}")
+    def get_job(job_id: str) -> JobView:
+        """One job."""
+        return follow.view(runs, *queue.get(job_id))
+
+    @app.post("/api/v1/jobs/{job_id}/cancel")
+    def cancel_job(job_id: str) -> JobView:
+        """A running job writes a checkpoint first; submitted again, it goes on from there."""
+        queue.cancel(job_id)
+        return follow.view(runs, *queue.get(job_id))
+
+    @app.get("/api/v1/jobs/{job_id}/events", response_class=StreamingResponse)
+    def job_events(
+        job_id: str, last_event_id: Annotated[str | None, Header(max_length=64)] = None
+    ) -> StreamingResponse:
+        """State, losses by step and log as they come (server-sent events); resumes after Last-Event-ID."""
+        queue.get(job_id)
+        return StreamingResponse(follow.events(queue, job_id, last_event_id), media_type="text/event-stream")
+
+
+def add_run_routes(app: FastAPI, runs: Path) -> None:
+    @app.get("/api/v1/runs")
+    def list_runs() -> list[dict[str, Any]]:
+        """What every run folder holds."""
+        return [follow.summary(path) for path in run_folders(runs)]
+
+    @app.get("/api/v1/runs/{run}")
+    def get_run(run: str) -> dict[str, Any]:
+        """One run: what it holds, and its evaluation."""
+        folder = run_folder(runs, run)
+        evaluation = folder / "evaluation.json"
+        return follow.summary(folder) | {
+            "evaluation": json.loads(evaluation.read_text()) if evaluation.is_file() else None
+        }
+
+    @app.get("/api/v1/runs/{run}/claims")
+    def get_claims(run: str) -> list[dict[str, Any]]:
+        """Each circuit's verdict with the checks behind it."""
+        folder, claims = run_folder(runs, run), []
+        for path in sorted((folder / "circuits").glob("*.json")):
+            circuit = json.loads(contained(runs, run, "circuits", path.name).read_text())
+            evidence = circuit["evidence"]
+            sizes = {"nodes": len(circuit["nodes"]), "edges": len(circuit["edges"])}
+            claims.append({"task": circuit["task"], **sizes, "verdict": evidence.get("verdict")})
+        return claims
+
+    @app.get("/api/v1/runs/{run}/circuits/{task}", response_class=FileResponse)
+    def get_circuit(run: str, task: str) -> FileResponse:
+        """A circuit's file: nodes, edges, settings, evidence."""
+        return served(runs, run, "circuits", f"{task}.json", media_type="application/json")
+
+    @app.get("/api/v1/runs/{run}/report.json", response_class=FileResponse)
+    def get_report(run: str) -> FileResponse:
+        """The report's record."""
+        return served(runs, run, "report.json", media_type="application/json")
+
+    @app.get("/runs/{run}/report.html", response_class=FileResponse, include_in_schema=False)
+    def get_report_page(run: str) -> FileResponse:
+        own = served(runs, run, "report.html", media_type="text/html")
+        own.headers["content-security-policy"] = REPORT_POLICY
+        return own
+
+
+def run_folders(runs: Path) -> list[Path]:
+    """Run folders below `runs`, whose names are plain."""
+    return sorted(path for path in runs.iterdir() if path.is_dir() and is_id(path.name))
+
+
+def run_folder(runs: Path, run: str) -> Path:
+    """Raises LookupError where there is no such run."""
+    folder = contained(runs, run)
+    if not folder.is_dir():
+        raise LookupError(run)
+    return folder
+
+
+def served(runs: Path, *parts: str, media_type: str) -> FileResponse:
+    """A file of a run. Raises LookupError where it is absent, or lies elsewhere."""
+    path = contained(runs, *parts)
+    if not path.is_file():
+        raise LookupError(parts[-1])
+    return FileResponse(path, media_type=media_type)

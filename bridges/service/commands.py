@@ -1,0 +1,213 @@
+"""The service's commands for a terminal: whatever a page can do, one of these does.
+
+sparsebridge serve | submit | jobs | logs | cancel | worker | gc | reindex
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from bridges.service.jobs import ENDED, RECIPES, JobFolder
+from extractor.errors import MachineError
+
+DAY = 86400.0
+WORKER = ("lease", "grace", "attempts", "launcher")
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    from bridges.service.serve import serve as run
+
+    return run(
+        arguments.home,
+        arguments.runs,
+        host=arguments.host,
+        port=arguments.port,
+        token_file=arguments.token_file,
+        new_token=arguments.new_token,
+        allowed_hosts=arguments.allowed_host,
+        has_worker=not arguments.no_worker,
+        worker_words=[
+            f"--{name}={getattr(arguments, name)}" for name in WORKER if getattr(arguments, name) is not None
+        ],
+    )
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    from bridges.service.queue import Queue
+    from bridges.service.submit import from_command_line
+
+    words = arguments.arguments
+    job = from_command_line(arguments.home, arguments.runs, arguments.recipe, words, arguments.key)
+    if arguments.runner == "local":
+        if arguments.dry_run:
+            sys.stdout.write(f"{job.command}\n")
+            return 0
+        job = Queue(arguments.runs).submit(job)
+        sys.stdout.write(f"{job.id}\n")
+        return 0
+    from bridges.service.runners import runner
+
+    engine = runner(arguments.runner, arguments.runs, arguments.home, arguments.option)
+    if arguments.dry_run:
+        sys.stdout.write(engine.render(job))
+        return 0
+    JobFolder(arguments.runs, job.run, job.id).write_job(job)
+    sys.stdout.write(f"{job.id} {engine.submit(job)}\n")
+    return 0
+
+
+def jobs(arguments: argparse.Namespace) -> int:
+    from bridges.service.follow import as_table, view
+    from bridges.service.queue import Queue
+
+    found = [(job, status) for _, job, status in Queue(arguments.runs).page(limit=arguments.limit)]
+    if arguments.json:
+        views = [view(arguments.runs, job, status).model_dump() for job, status in found]
+        sys.stdout.write(json.dumps(views, indent=1) + "\n")
+    else:
+        sys.stdout.write(as_table(found, arguments.runs))
+    return 0
+
+
+def logs(arguments: argparse.Namespace) -> int:
+    from bridges.service.follow import read_log
+    from bridges.service.queue import Queue
+
+    queue, offset = Queue(arguments.runs), 0
+    while True:
+        job, status = queue.get(arguments.job)
+        text, offset = read_log(JobFolder(arguments.runs, job.run, job.id), offset)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        if not text and (not arguments.follow or status.state in ENDED):
+            return 0
+        if not text:
+            time.sleep(0.5)
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    from bridges.service.queue import Queue
+
+    status = Queue(arguments.runs).cancel(arguments.job)
+    word = "it writes a checkpoint and stops" if status.is_cancelling else status.state
+    sys.stdout.write(f"{arguments.job}: {word}\n")
+    return 0
+
+
+def worker(arguments: argparse.Namespace) -> int:
+    from bridges.service.queue import Queue
+    from bridges.service.serve import OneWorker
+    from bridges.service.worker import WorkerConfig, work
+
+    lock = OneWorker(arguments.runs)
+    if not lock.take():
+        raise MachineError(f"a worker works in '{arguments.runs}' already (process {lock.holder()})")
+    settings = {name: getattr(arguments, name) for name in WORKER if getattr(arguments, name) is not None}
+    if "launcher" in settings:
+        settings["launcher"] = settings["launcher"].split()
+    work(Queue(arguments.runs), arguments.home, WorkerConfig(**settings), until_empty=arguments.until_empty)
+    return 0
+
+
+def gc(arguments: argparse.Namespace) -> int:
+    """Job folders that ended long ago, and what a kill left half-written."""
+    from bridges.service.queue import Queue
+
+    queue, oldest = Queue(arguments.runs), time.time() - arguments.days * DAY
+    gone = []
+    for _, job, status in queue.page(limit=1_000_000, states=ENDED):
+        if (status.ended or job.created) < oldest:
+            gone.append(JobFolder(arguments.runs, job.run, job.id).path)
+    held = {job.run for _, job, _ in queue.page(limit=1_000_000, states=("running",))}
+    for path in arguments.runs.glob("*/.tmp-*"):
+        if path.parent.name not in held and path.stat().st_mtime < time.time() - DAY:
+            gone.append(path)
+    for path in gone:
+        sys.stdout.write(f"{path}\n")
+        if not arguments.dry_run:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    queue.close()
+    if gone and not arguments.dry_run:
+        return reindex(arguments)
+    return 0
+
+
+def reindex(arguments: argparse.Namespace) -> int:
+    from bridges.service.queue import reindex as make_again
+
+    count, damaged = make_again(arguments.runs)
+    sys.stdout.write(f"{count} jobs\n")
+    for line in damaged:
+        sys.stderr.write(f"left out: {line}\n")
+    return 3 if damaged else 0
+
+
+def add_commands(command) -> None:
+    """Add the sub-commands; `command(name, run, text)` gives each one's parser."""
+    serving = command(
+        "serve", serve, "Open the pages on this machine: jobs with live losses, runs, reports, the desk; a "
+        "worker beside it. Exit code 0, 2 where an address needs a token, 4 where the port is taken.",
+    )  # fmt: skip
+    serving.add_argument(
+        "--host", default="127.0.0.1", help="address to bind to (127.0.0.1: this machine alone)"
+    )
+    serving.add_argument("--port", type=int, default=8765)
+    serving.add_argument(
+        "--token_file", type=Path, help="file with a token; any address but loopback needs one"
+    )
+    serving.add_argument("--new_token", action="store_true", help="first make a token in --token_file")
+    serving.add_argument(
+        "--allowed_host", action="append", default=[], metavar="NAME", help="a name to answer to"
+    )
+    serving.add_argument("--no_worker", action="store_true", help="jobs are left to a `sparsebridge worker`")
+
+    submitting = command(
+        "submit", submit, "Queue a recipe: `submit train --config recipes/python/train.yaml`. Its "
+        "words are read by the recipe at once; it runs when a worker takes it. Exit code 0, 2 or 3 as the "
+        "recipe says.",
+    )  # fmt: skip
+    submitting.add_argument("--key", help="idempotency key: the same again gives the same job")
+    submitting.add_argument("--runner", choices=("local", "slurm", "skypilot"), default="local")
+    submitting.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the runner"
+    )
+    submitting.add_argument("--dry_run", action="store_true", help="print what would be sent")
+    submitting.add_argument("recipe", choices=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
+    submitting.add_argument("arguments", nargs=argparse.REMAINDER, help="as after recipes/RECIPE.py")
+
+    listing = command("jobs", jobs, "List jobs: newest first, with progress. Exit code 0.")
+    listing.add_argument("--limit", type=int, default=50)
+    listing.add_argument("--json", action="store_true", help="print JSON instead of text")
+    reading = command(
+        "logs",
+        logs,
+        "Print a job's log: so far, or to its end. Exit code 0, or 3 for a job that there is none of.",
+    )
+    reading.add_argument("job")
+    reading.add_argument("-f", "--follow", action="store_true", help="until the job has ended")
+    cancelling = command("cancel", cancel, "Cancel a job: it writes a checkpoint first. Exit code 0, or 3.")
+    cancelling.add_argument("job")
+    working = command(
+        "worker", worker, "Run queued jobs: one at a time, until stopped; the job then writes a checkpoint, "
+        "and is queued again. Exit code 0, or 4 where a worker works here already.",
+    )  # fmt: skip
+    working.add_argument("--until_empty", action="store_true", help="end when no job is left")
+    cleaning = command("gc", gc, "Remove old job files: of jobs that ended long ago; runs stay. Exit code 0.")
+    cleaning.add_argument("--days", type=float, default=30.0)
+    cleaning.add_argument("--dry_run", action="store_true", help="print what would go")
+    again = command("reindex", reindex, "Make the index of jobs again: from the run folders. Exit code 0, or "
+                    "3 where a job's files are damaged.")  # fmt: skip
+    for parser in (serving, submitting, listing, reading, cancelling, working, cleaning, again):
+        parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders (runs)")
+    for parser in (serving, working):
+        parser.add_argument("--lease", type=float, help="seconds without a sign of life, then a job is lost")
+        parser.add_argument("--grace", type=float, help="seconds that a job has for its checkpoint")
+        parser.add_argument(
+            "--attempts", type=int, help="in a row without anything new, then a job has failed"
+        )
+        parser.add_argument("--launcher", help='e.g. "accelerate launch --num_processes 2"')
+    for parser in (serving, submitting, working):
+        parser.add_argument("--home", type=Path, default=Path(), help="where recipes/ lies (here)")

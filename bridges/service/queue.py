@@ -1,0 +1,328 @@
+"""The index of jobs in SQLite: who may run what, now. Lost or damaged, it is made again from the run folders.
+
+A claim is a lease: the job is the worker's until `lease_until`, and every write of the worker is fenced by
+(owner, attempt), so that one that was stopped for longer finds that it has lost the job. A run folder is
+worked on by one job at a time, in the order of their submission. For one machine: SQLite's WAL is not for a
+network file system, and a lease that ran out is taken over only on the host that held it.
+"""
+
+import os
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bridges.service.jobs import ENDED, Job, JobFolder, State, Status, job_folders
+from extractor.errors import InputError, MachineError, UsageError
+
+FILE = ".sparsebridge.sqlite"
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    run TEXT NOT NULL,
+    recipe TEXT NOT NULL,
+    arguments TEXT NOT NULL,
+    created REAL NOT NULL,
+    idempotency_key TEXT,
+    state TEXT NOT NULL CHECK (state IN ('queued', 'running', 'done', 'failed', 'cancelled')),
+    attempt INTEGER NOT NULL,
+    fruitless INTEGER NOT NULL,
+    progress TEXT NOT NULL,
+    is_cancelling INTEGER NOT NULL,
+    exit_code INTEGER,
+    reason TEXT NOT NULL,
+    started REAL,
+    ended REAL,
+    owner TEXT,
+    host TEXT,
+    lease_until REAL
+);
+CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, run, number);
+"""
+STATUS = tuple(Status.__dataclass_fields__)
+
+
+class NoSuchJob(InputError):
+    """There is no job of this id."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A job that is this worker's, until it loses it."""
+
+    job: Job
+    status: Status
+    owner: str
+
+    @property
+    def attempt(self) -> int:
+        return self.status.attempt
+
+
+class Queue:
+    """All jobs below a folder of runs; one object may be shared by threads, each process makes its own.
+
+    Raises:
+        MachineError: the index is damaged (`sparsebridge reindex` makes it again), or cannot be written.
+    """
+
+    def __init__(self, runs: Path):
+        self.runs, self.path = runs, runs / FILE
+        self._lock = threading.Lock()
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+            is_new = not self.path.exists()
+            self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+            self._db.row_factory = sqlite3.Row
+            if self._db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError("quick_check found faults")
+            # Enough against killed processes; against a power cut there are the files.
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.executescript(SCHEMA)
+        except (OSError, sqlite3.OperationalError) as error:
+            raise MachineError(f"the index '{self.path}' cannot be opened ({error})") from None
+        except sqlite3.DatabaseError as error:
+            raise MachineError(
+                f"the index '{self.path}' is damaged ({error}); `sparsebridge reindex` makes it again"
+            ) from None
+        self._inode = self.path.stat().st_ino
+        if is_new:
+            self.adopt()
+
+    @property
+    def is_current(self) -> bool:
+        """The file that is open is the one that lies there: nobody has made the index again."""
+        try:
+            return self.path.stat().st_ino == self._inode
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    # --- what users do -----------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> Job:
+        """Queue a job; one whose idempotency key is known is returned as it is.
+
+        Raises:
+            UsageError: the key is known with another request.
+        """
+        with self._transaction() as db:
+            row = db.execute("SELECT * FROM jobs WHERE id = ?", (job.id,)).fetchone()
+            if row is not None:
+                known = _job(row)
+                if known.wanted != job.wanted:
+                    raise UsageError("this idempotency key was used for another request; take a new one")
+                return known
+            JobFolder(self.runs, job.run, job.id).write_job(job)
+            _insert(db, job, Status())
+        return job
+
+    def cancel(self, job_id: str) -> Status:
+        """A queued job ends at once; a running one is asked to write a checkpoint and stop."""
+        with self._transaction() as db:
+            row = _existing(db, job_id)
+            status = _status(row)
+            if status.state == "queued":
+                status = replace(status, state="cancelled", reason="cancelled", ended=time.time())
+            elif status.state == "running":
+                status = replace(status, is_cancelling=True)
+            _update(db, row["number"], status)
+            self._write(_job(row), status)
+        return status
+
+    def get(self, job_id: str) -> tuple[Job, Status]:
+        """Raises NoSuchJob where there is none of this id."""
+        with self._lock:
+            row = _existing(self._db, job_id)
+        return _job(row), _status(row)
+
+    def page(
+        self,
+        *,
+        limit: int = 50,
+        before: int | None = None,
+        states: Sequence[State] = (),
+        run: str | None = None,
+    ) -> list[tuple[int, Job, Status]]:
+        """Newest first, with each job's number, which `before` pages by."""
+        where, values = ["1"], []
+        if before is not None:
+            where.append("number < ?")
+            values.append(before)
+        if states:
+            where.append(f"state IN ({', '.join('?' * len(states))})")
+            values += states
+        if run is not None:
+            where.append("run = ?")
+            values.append(run)
+        query = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?"
+        with self._lock:
+            rows = self._db.execute(query, (*values, limit)).fetchall()
+        return [(row["number"], _job(row), _status(row)) for row in rows]
+
+    # --- what workers do ---------------------------------------------------------------------------------
+
+    def claim(self, owner: str, seconds: float) -> Lease | None:
+        """The oldest job that may run: queued, or running under a lease of this host that ran out; and the
+        first that has not ended of its run."""
+        now = time.time()
+        with self._transaction() as db:
+            row = db.execute(
+                """SELECT * FROM jobs AS own
+                WHERE (state = 'queued' OR (state = 'running' AND lease_until < ? AND host = ?))
+                AND NOT EXISTS (SELECT 1 FROM jobs AS first WHERE first.run = own.run
+                    AND first.number < own.number AND first.state IN ('queued', 'running'))
+                ORDER BY number LIMIT 1""",
+                (now, socket.gethostname()),
+            ).fetchone()
+            if row is None:
+                return None
+            job, status = _job(row), _status(row)
+            status = replace(status, state="running", attempt=status.attempt + 1, started=now)
+            db.execute(
+                "UPDATE jobs SET owner = ?, host = ?, lease_until = ? WHERE number = ?",
+                (owner, socket.gethostname(), now + seconds, row["number"]),
+            )
+            _update(db, row["number"], status)
+            folder = JobFolder(self.runs, job.run, job.id)
+            if not (folder.path / "job.json").is_file():
+                folder.write_job(job)
+            folder.write_status(status)
+        return Lease(job, status, owner)
+
+    def renew(self, lease: Lease, seconds: float) -> Status | None:
+        """Keep the job for longer; None: it is another's now."""
+        if not self.is_current:
+            return None
+        with self._transaction() as db:
+            row = _held(db, lease)
+            if row is None:
+                return None
+            until = time.time() + seconds
+            db.execute("UPDATE jobs SET lease_until = ? WHERE number = ?", (until, row["number"]))
+            return _status(row)
+
+    def write(self, lease: Lease, **changes: Any) -> Lease | None:
+        """Write fields of the job's status, `state` among them; None: the job is another's now."""
+        with self._transaction() as db:
+            row = _held(db, lease)
+            if row is None:
+                return None
+            status = replace(_status(row), **changes)
+            if status.state in ENDED:
+                status = replace(status, ended=time.time(), is_cancelling=False)
+            _update(db, row["number"], status)
+            self._write(lease.job, status)
+        return replace(lease, status=status)
+
+    def _write(self, job: Job, status: Status) -> None:
+        JobFolder(self.runs, job.run, job.id).write_status(status)
+
+    # --- from files --------------------------------------------------------------------------------------
+
+    def adopt(self) -> tuple[int, list[str]]:
+        """Take in every job of the run folders that the index has not; the number, and what is damaged.
+
+        A job that was running is queued again: its lease is not known, its command goes on where it stopped.
+        """
+        found, damaged = [], []
+        for folder in job_folders(self.runs):
+            try:
+                found.append(folder.read())
+            except InputError as error:
+                damaged.append(str(error))
+        with self._transaction() as db:
+            known = {row["id"] for row in db.execute("SELECT id FROM jobs")}
+            new = [(job, status) for job, status in found if job.id not in known]
+            for job, status in sorted(new, key=lambda own: (own[0].created, own[0].id)):
+                again = status.state == "running"
+                _insert(db, job, replace(status, state="queued") if again else status)
+        return len(new), damaged
+
+    def forget(self) -> None:
+        """Drop every job that no worker holds."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM jobs WHERE NOT (state = 'running' AND lease_until >= ?)", (time.time(),))
+
+    def count(self) -> int:
+        with self._lock:
+            return self._db.execute("SELECT count(*) FROM jobs").fetchone()[0]
+
+
+def reindex(runs: Path) -> tuple[int, list[str]]:
+    """Make the index again from the run folders: how many jobs there are, and what is damaged.
+
+    A damaged index is kept beside the new one. Jobs that a worker holds stay with it, unless the index that
+    says so is the damaged one: then the worker stops them, and they go on from their last checkpoint.
+    """
+    path = runs / FILE
+    if not runs.is_dir():
+        raise InputError(f"no folder of runs at '{runs}'")
+    try:
+        queue = Queue(runs)
+        queue.forget()
+    except (MachineError, sqlite3.DatabaseError):
+        for end in ("", "-wal", "-shm"):
+            if (own := path.with_name(path.name + end)).exists():
+                os.replace(own, own.with_name(f"{own.name}.damaged"))
+        queue = Queue(runs)
+    _, damaged = queue.adopt()
+    count = queue.count()
+    queue.close()
+    return count, damaged
+
+
+def _insert(db: sqlite3.Connection, job: Job, status: Status) -> None:
+    own = {**asdict(job), **asdict(status), "arguments": "\0".join(job.arguments)}
+    columns = ", ".join(own)
+    db.execute(f"INSERT INTO jobs ({columns}) VALUES ({', '.join('?' * len(own))})", tuple(own.values()))
+
+
+def _update(db: sqlite3.Connection, number: int, status: Status) -> None:
+    own = asdict(status)
+    changes = ", ".join(f"{name} = ?" for name in own)
+    db.execute(f"UPDATE jobs SET {changes} WHERE number = ?", (*own.values(), number))
+
+
+def _existing(db: sqlite3.Connection, job_id: str) -> sqlite3.Row:
+    row = db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+    if row is None:
+        raise NoSuchJob("no such job; `sparsebridge jobs` lists them")
+    return row
+
+
+def _held(db: sqlite3.Connection, lease: Lease) -> sqlite3.Row | None:
+    return db.execute(
+        "SELECT * FROM jobs WHERE id = ? AND state = 'running' AND owner = ? AND attempt = ?",
+        (lease.job.id, lease.owner, lease.attempt),
+    ).fetchone()
+
+
+def _job(row: sqlite3.Row) -> Job:
+    own = {name: row[name] for name in Job.__dataclass_fields__}
+    arguments = tuple(row["arguments"].split("\0")) if row["arguments"] else ()
+    return Job(**own | {"arguments": arguments})
+
+
+def _status(row: sqlite3.Row) -> Status:
+    return Status(**{name: row[name] for name in STATUS} | {"is_cancelling": bool(row["is_cancelling"])})

@@ -1,0 +1,84 @@
+"""Loaded models for the live desk: few at a time, one question at a time, unloaded when nobody asks."""
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bridges.service.live_desk import LiveDesk
+
+IDLE = 900.0  # seconds without a question after which models are unloaded
+
+
+@dataclass
+class Session:
+    """One run's models; `lock` is held while they answer."""
+
+    id: str
+    run: str
+    desk: LiveDesk
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    used: float = field(default_factory=time.monotonic)
+
+
+class Sessions:
+    """The models that are loaded, at most `most`; the one that was used longest ago makes room."""
+
+    def __init__(self, runs: Path, *, most: int = 1, idle: float = IDLE):
+        self.runs, self.most, self.idle = runs, most, idle
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        threading.Thread(target=self._unload_idle, daemon=True).start()
+
+    def open(self, run: str) -> Session:
+        """The session of a run; its models are loaded if they are not.
+
+        Raises:
+            InputError: the run is not finished, or its parts do not belong together.
+        """
+        with self._lock:
+            for session in self._sessions.values():
+                if session.run == run and session.desk.is_current:
+                    session.used = time.monotonic()
+                    return session
+            desk = LiveDesk.of_run(self.runs / run)
+            while len(self._sessions) >= self.most:
+                oldest = min(self._sessions.values(), key=lambda own: own.used)
+                del self._sessions[oldest.id]
+            session = Session(secrets.token_urlsafe(16), run, desk)
+            self._sessions[session.id] = session
+            return session
+
+    @contextmanager
+    def using(self, session_id: str) -> Iterator[Session]:
+        """One question to a session. Raises LookupError where there is none (any more)."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise LookupError(session_id)
+        with session.lock:
+            session.used = time.monotonic()
+            yield session
+            session.used = time.monotonic()
+
+    def drop(self, session_id: str) -> None:
+        """Unload. Raises LookupError where there is none."""
+        with self._lock:
+            if self._sessions.pop(session_id, None) is None:
+                raise LookupError(session_id)
+
+    def close(self) -> None:
+        self._closed.set()
+        with self._lock:
+            self._sessions.clear()
+
+    def _unload_idle(self) -> None:
+        while not self._closed.wait(min(30.0, self.idle / 4)):
+            with self._lock:
+                now = time.monotonic()
+                for session in list(self._sessions.values()):
+                    if now - session.used > self.idle and not session.lock.locked():
+                        del self._sessions[session.id]

@@ -1,0 +1,224 @@
+"""The index of jobs: claims, leases, fences, the order within a run, and its making again from files."""
+
+import multiprocessing
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from bridges.service.jobs import Job, JobFolder
+from bridges.service.queue import FILE, Queue, reindex
+from extractor.errors import InputError, MachineError, UsageError
+
+LONG = 60.0
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Queue:
+    return Queue(tmp_path / "runs")
+
+
+def state_of(queue: Queue, job: Job) -> str:
+    state = queue.get(job.id)[1].state
+    _, in_file = JobFolder(queue.runs, job.run, job.id).read()
+    assert in_file.state == state
+    return state
+
+
+def test_jobs_are_claimed_in_the_order_of_their_submission(queue: Queue) -> None:
+    jobs = [queue.submit(Job.new(f"run{i}", "train")) for i in range(3)]
+    claimed = [queue.claim("me", LONG).job.id for _ in jobs]
+    assert claimed == [job.id for job in jobs]
+    assert queue.claim("me", LONG) is None
+
+
+def test_a_run_folder_is_worked_on_by_one_job_at_a_time_in_order(queue: Queue) -> None:
+    train, extract = (queue.submit(Job.new("one", recipe)) for recipe in ("train", "extract"))
+    other = queue.submit(Job.new("two", "train"))
+    lease = queue.claim("a", LONG)
+    assert lease.job == train
+    assert queue.claim("b", LONG).job == other
+    assert queue.claim("c", LONG) is None
+    queue.write(lease, state="done")
+    assert queue.claim("c", LONG).job == extract
+    assert state_of(queue, train) == "done"
+
+
+def test_a_lease_that_ran_out_is_taken_over_and_the_first_owner_is_fenced_off(queue: Queue) -> None:
+    job = queue.submit(Job.new("run", "train"))
+    first = queue.claim("first", 0.05)
+    assert queue.claim("second", LONG) is None
+    time.sleep(0.06)
+    second = queue.claim("second", LONG)
+    assert (second.job, second.attempt) == (job, 2)
+    assert queue.renew(first, LONG) is None
+    assert queue.write(first, state="done") is None
+    assert state_of(queue, job) == "running"
+    assert queue.renew(second, LONG).state == "running"
+    assert queue.write(second, state="done").status.ended
+    assert queue.write(second, state="failed") is None
+    assert state_of(queue, job) == "done"
+
+
+def test_another_host_s_lease_is_left_alone(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue.submit(Job.new("run", "train"))
+    queue.claim("here", 0.0)
+    monkeypatch.setattr("bridges.service.queue.socket.gethostname", lambda: "elsewhere")
+    assert queue.claim("there", LONG) is None
+
+
+def test_a_queued_job_is_cancelled_at_once_and_a_running_one_is_asked(queue: Queue) -> None:
+    first, second = (queue.submit(Job.new(name, "train")) for name in ("a", "b"))
+    lease = queue.claim("me", LONG)
+    assert lease.job == first
+    assert queue.cancel(second.id).state == "cancelled"
+    assert queue.cancel(first.id).is_cancelling
+    assert queue.renew(lease, LONG).is_cancelling
+    queue.write(lease, state="cancelled")
+    assert queue.cancel(first.id).state == "cancelled"
+    assert [state_of(queue, job) for job in (first, second)] == ["cancelled", "cancelled"]
+    assert queue.claim("me", LONG) is None
+
+
+def test_the_same_key_is_the_same_job_also_when_the_index_was_lost(queue: Queue) -> None:
+    job = queue.submit(Job.new("run", "train", ["--seed", "1"], "key"))
+    assert queue.submit(Job.new("run", "train", ["--seed", "1"], "key")).id == job.id
+    with pytest.raises(UsageError, match="another request"):
+        queue.submit(Job.new("run", "train", ["--seed", "2"], "key"))
+    assert queue.submit(Job.new("run", "train", ["--seed", "1"])).id != job.id
+    queue.close()
+    queue.path.unlink()
+    again = Queue(queue.runs)
+    assert again.submit(Job.new("run", "train", ["--seed", "1"], "key")).id == job.id
+    assert again.count() == 2
+
+
+def test_pages_of_a_long_list_hold_every_job_once(queue: Queue) -> None:
+    jobs = [queue.submit(Job.new(f"run{i}", "train")) for i in range(25)]
+    seen, before = [], None
+    while page := queue.page(limit=10, before=before):
+        seen += [job.id for _, job, _ in page]
+        before = page[-1][0]
+    assert seen == [job.id for job in reversed(jobs)]
+    assert [job.run for _, job, _ in queue.page(run="run7")] == ["run7"]
+    assert queue.page(states=("done",)) == []
+
+
+def test_an_unknown_job_a_bad_name_and_a_bad_recipe_are_refused(queue: Queue) -> None:
+    with pytest.raises(InputError, match="no such job"):
+        queue.get("j" + "0" * 23)
+    for run in ("", "..", "../x", "a/b", "/abs", ".hidden", "a\0b", "x" * 129):
+        with pytest.raises(UsageError, match="a name of letters"):
+            Job.new(run, "train")
+    with pytest.raises(UsageError, match="one of quickstart"):
+        Job.new("run", "rm")
+
+
+# --- files are the truth ---------------------------------------------------------------------------------
+
+
+def everything(queue: Queue) -> list[tuple]:
+    return [(job, status) for _, job, status in queue.page(limit=1000)]
+
+
+def test_an_index_that_is_gone_or_damaged_is_made_again_from_the_files(queue: Queue) -> None:
+    jobs = [queue.submit(Job.new(f"run{i}", "train", ["--seed", str(i)])) for i in range(4)]
+    queue.write(queue.claim("me", LONG), state="done", exit_code=0)
+    queue.write(queue.claim("me", LONG), state="failed", reason="it broke")
+    queue.cancel(jobs[3].id)
+    before = everything(queue)
+    queue.close()
+    for damage in (lambda: queue.path.unlink(), lambda: queue.path.write_bytes(b"no database" * 1000)):
+        damage()
+        for end in ("-wal", "-shm"):
+            queue.path.with_name(FILE + end).unlink(missing_ok=True)
+        assert reindex(queue.runs) == (4, [])
+        again = Queue(queue.runs)
+        assert everything(again) == before
+        again.close()
+
+
+def test_a_damaged_index_says_what_to_do(queue: Queue) -> None:
+    queue.close()
+    queue.path.write_bytes(b"no database" * 1000)
+    with pytest.raises(MachineError, match="sparsebridge reindex"):
+        Queue(queue.runs)
+
+
+def test_a_damaged_job_is_named_and_the_others_are_kept(queue: Queue) -> None:
+    jobs = [queue.submit(Job.new(f"run{i}", "train")) for i in range(3)]
+    (JobFolder(queue.runs, "run1", jobs[1].id).path / "job.json").write_text("{")
+    queue.close()
+    queue.path.unlink()
+    count, damaged = reindex(queue.runs)
+    assert count == 2
+    assert len(damaged) == 1
+    assert jobs[1].id in damaged[0]
+
+
+def test_what_was_running_when_the_index_was_lost_is_queued_again(queue: Queue) -> None:
+    job = queue.submit(Job.new("run", "train"))
+    lease = queue.claim("me", LONG)
+    queue.path.rename(queue.path.with_name("lost"))
+    again = Queue(queue.runs)
+    assert again.get(job.id)[1].state == "queued"
+    assert queue.renew(lease, LONG) is None  # the worker that held it sees that the index is another
+    assert again.claim("other", LONG).attempt == 2
+
+
+def test_reindex_leaves_a_held_job_with_its_worker(queue: Queue) -> None:
+    queue.submit(Job.new("run", "train"))
+    lease = queue.claim("me", LONG)
+    assert reindex(queue.runs) == (1, [])
+    assert queue.renew(lease, LONG).state == "running"
+
+
+# --- races -----------------------------------------------------------------------------------------------
+
+
+def race(runs: Path, owner: str, barrier, found) -> None:
+    queue = Queue(runs)
+    barrier.wait()
+    while (lease := queue.claim(owner, LONG)) is not None:
+        found.put((lease.job.id, lease.attempt))
+        queue.write(lease, state="done")
+    found.put(None)
+
+
+def fill(runs: Path, count: int) -> set[str]:
+    """Queued jobs, written straight into the index: files for ten thousand would only take time."""
+    queue = Queue(runs)
+    jobs = [Job.new(f"run{i}", "train") for i in range(count)]
+    rows = [(job.id, job.run, job.created) for job in jobs]
+    with sqlite3.connect(runs / FILE) as db:
+        db.executemany(
+            "INSERT INTO jobs (id, run, recipe, arguments, created, state, attempt, fruitless, progress, "
+            "is_cancelling, reason) VALUES (?, ?, 'train', '', ?, 'queued', 0, 0, '', 0, '')",
+            rows,
+        )
+    queue.close()
+    return {job.id for job in jobs}
+
+
+@pytest.mark.parametrize(
+    "count", [200, pytest.param(10_000, marks=pytest.mark.slow(reason="minutes of claims"))]
+)
+def test_no_two_workers_ever_hold_one_job(tmp_path: Path, count: int) -> None:
+    """Four processes race for every job."""
+    jobs = fill(tmp_path, count)
+    context = multiprocessing.get_context("spawn")
+    barrier, found = context.Barrier(4), context.Queue()
+    racers = [context.Process(target=race, args=(tmp_path, f"w{i}", barrier, found)) for i in range(4)]
+    for racer in racers:
+        racer.start()
+    ended, claims = 0, []
+    while ended < len(racers):
+        claim = found.get(timeout=120)
+        ended += claim is None
+        claims += [claim] if claim else []
+    for racer in racers:
+        racer.join()
+    assert len(claims) == count
+    assert {job for job, _ in claims} == jobs
+    assert {attempt for _, attempt in claims} == {1}

@@ -1,0 +1,251 @@
+"""The worker on real processes: a home folder whose recipes end, crash, hang or are killed, started as
+users' are."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bridges.service.jobs import Job, JobFolder, Status
+from bridges.service.log_pump import parse_bar
+from bridges.service.processes import MARK
+from bridges.service.queue import Queue
+from bridges.service.worker import Worker, WorkerConfig
+from tests.conftest import ROOT
+
+RECIPE = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+mode, run = sys.argv[1], Path(sys.argv[sys.argv.index("--run") + 1])
+attempt = int(os.environ["SPARSEBRIDGE_ATTEMPT"])
+with (run / "attempts.txt").open("a") as file:
+    file.write(f"{attempt}\\n")
+
+
+def leave(code, words):
+    Path(os.environ["SPARSEBRIDGE_OUTCOME"]).write_text(json.dumps({"exit_code": code, "error": words}))
+    sys.exit(code)
+
+
+if mode == "mistake":
+    leave(2, "tasks: no such task")
+elif mode == "crash":
+    raise RuntimeError("it always breaks")
+elif mode == "kill_parent":
+    os.kill(int(os.environ["WORKER_PID"]), signal.SIGKILL)
+    time.sleep(60)
+elif mode == "progress":  # crashes each time, but gets further
+    (run / f"step-{attempt}").touch()
+    if attempt < 6:
+        os._exit(9)
+elif mode == "stop":  # as training does: a checkpoint on SIGTERM
+    def stop(*_):
+        (run / "checkpoint").touch()
+        leave(75, "stopped by SIGTERM")
+    signal.signal(signal.SIGTERM, stop)
+    (run / "started").touch()
+    if not (run / "checkpoint").exists():
+        time.sleep(60)
+elif mode == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (run / "started").touch()
+    time.sleep(60)
+print("the end, with hf_abcdefghijklmnopqrstuvwxyzABCDEFGH in it")
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "train.py").write_text(RECIPE)
+    return tmp_path
+
+
+@pytest.fixture
+def queue(home: Path) -> Iterator[Queue]:
+    queue = Queue(home / "runs")
+    yield queue
+    for process in psutil.process_iter(["environ"]):
+        assert MARK not in (process.info["environ"] or {}), "a job's process outlived its test"
+    queue.close()
+
+
+def submit(queue: Queue, mode: str, run: str = "run") -> Job:
+    return queue.submit(Job.new(run, "train", [mode, "--run", f"runs/{run}"]))
+
+
+def work(queue: Queue, home: Path, **settings: object) -> None:
+    """Recipes started by Python alone: `accelerate launch` takes seconds, and other tests here use it."""
+    plain = {"poll": 0.1, "grace": 20, "launcher": (sys.executable,)}
+    Worker(queue, home, WorkerConfig(**plain | settings)).run(until_empty=True)
+
+
+def ended(queue: Queue, job: Job) -> Status:
+    return queue.get(job.id)[1]
+
+
+def log_of(queue: Queue, job: Job) -> str:
+    return JobFolder(queue.runs, job.run, job.id).log.read_text()
+
+
+def attempts(home: Path, run: str = "run") -> list[int]:
+    return [int(line) for line in (home / "runs" / run / "attempts.txt").read_text().split()]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.05)
+
+
+def start_worker(home: Path, **environ: str) -> subprocess.Popen:
+    """A worker as a process of its own, with a short lease."""
+    code = (
+        "from pathlib import Path; from bridges.service.queue import Queue;"
+        "from bridges.service.worker import WorkerConfig, work;"
+        "work(Queue(Path('runs')), Path('.'), WorkerConfig(lease=1.0, poll=0.1, grace=20), until_empty=True)"
+    )
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=home, env={**os.environ, "PYTHONPATH": path, **environ}
+    )
+
+
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
+
+
+def test_a_job_runs_to_its_end_and_no_secret_reaches_its_log(queue: Queue, home: Path) -> None:
+    job = submit(queue, "fine")
+    work(queue, home, launcher=LAUNCH)
+    status = ended(queue, job)
+    assert (status.state, status.exit_code, status.attempt) == ("done", 0, 1)
+    assert "the end, with [redacted] in it" in log_of(queue, job)
+
+
+def test_a_user_s_mistake_fails_at_once_with_the_recipe_s_own_words(queue: Queue, home: Path) -> None:
+    job = submit(queue, "mistake")
+    work(queue, home, launcher=LAUNCH)
+    status = ended(queue, job)
+    assert (status.state, status.exit_code, status.reason) == ("failed", 2, "tasks: no such task")
+    assert attempts(home) == [1]
+
+
+def test_a_poison_job_fails_after_its_attempts_and_the_queue_goes_on(queue: Queue, home: Path) -> None:
+    poison, fine = submit(queue, "crash"), submit(queue, "fine", "other")
+    work(queue, home, attempts=2)
+    assert ended(queue, poison).state == "failed"
+    assert "2 attempts in a row came to nothing" in ended(queue, poison).reason
+    assert ended(queue, fine).state == "done"
+    assert len(attempts(home)) <= 3
+
+
+def test_attempts_that_get_further_are_not_counted(queue: Queue, home: Path) -> None:
+    job = submit(queue, "progress")
+    work(queue, home, attempts=2)
+    assert ended(queue, job).state == "done"
+    assert attempts(home) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_job_that_kills_its_worker_fails_after_its_attempts(queue: Queue, home: Path) -> None:
+    job = submit(queue, "kill_parent")
+    for _ in range(8):
+        if ended(queue, job).state == "failed":
+            break
+        worker = subprocess.Popen(
+            [sys.executable, "-c", """
+import os, sys
+os.environ["WORKER_PID"] = str(os.getpid())
+from pathlib import Path
+from bridges.service.queue import Queue
+from bridges.service.worker import WorkerConfig, work
+config = WorkerConfig(lease=0.5, poll=0.1, attempts=2, launcher=(sys.executable,))
+work(Queue(Path("runs")), Path("."), config, until_empty=True)
+"""],
+            cwd=home,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        worker.wait(timeout=60)
+        time.sleep(0.6)
+    assert ended(queue, job).state == "failed"
+    assert "took its worker with it" in ended(queue, job).reason
+
+
+def test_a_cancelled_job_writes_its_checkpoint_first(queue: Queue, home: Path) -> None:
+    job = submit(queue, "stop")
+    worker = start_worker(home)
+    wait_for((home / "runs" / "run" / "started").exists)
+    queue.cancel(job.id)
+    assert worker.wait(timeout=60) == 0
+    assert (home / "runs" / "run" / "checkpoint").exists()
+    assert (ended(queue, job).state, ended(queue, job).exit_code) == ("cancelled", 75)
+
+
+def test_a_job_that_will_not_stop_is_killed_after_the_grace(queue: Queue, home: Path) -> None:
+    job = submit(queue, "deaf")
+    queue.claim("nobody", 0.0)
+    worker = Worker(queue, home, WorkerConfig(poll=0.1, grace=0.5, launcher=(sys.executable,)))
+    thread = threading.Thread(target=lambda: worker.run(until_empty=True))
+    thread.start()
+    wait_for((home / "runs" / "run" / "started").exists)
+    queue.cancel(job.id)
+    thread.join(timeout=60)
+    assert ended(queue, job).state == "cancelled"
+
+
+def test_a_stopped_worker_leaves_its_job_for_the_next_one(queue: Queue, home: Path) -> None:
+    job = submit(queue, "stop")
+    worker = start_worker(home)
+    wait_for((home / "runs" / "run" / "started").exists)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(timeout=60) == 0
+    assert ended(queue, job).state == "queued"
+    assert (home / "runs" / "run" / "checkpoint").exists()
+    work(queue, home)
+    assert ended(queue, job).state == "done"
+    assert attempts(home) == [1, 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_killed_or_stalls_loses_its_job_to_the_next(
+    queue: Queue, home: Path, number: signal.Signals
+) -> None:
+    """Never two attempts at once: the next worker ends what is left of the first."""
+    job = submit(queue, "stop")
+    first = start_worker(home)
+    wait_for((home / "runs" / "run" / "started").exists)
+    first.send_signal(number)
+    (home / "runs" / "run" / "checkpoint").touch()  # the second attempt has something to go on from
+    time.sleep(1.5)
+    second = start_worker(home)
+    assert second.wait(timeout=60) == 0
+    assert ended(queue, job).state == "done"
+    assert attempts(home) == [1, 2]
+    if number == signal.SIGSTOP:  # awake again, it finds that the job is not its own
+        first.send_signal(signal.SIGCONT)
+        assert first.wait(timeout=60) == 0
+        assert ended(queue, job).state == "done"
+        assert attempts(home) == [1, 2]
+    first.wait(timeout=60)
+
+
+def test_progress_bars_become_numbers() -> None:
+    bar = (
+        "train:  19%|█▉        | 752/4000 [01:07<22:14,  2.43it/s, ce=2.332, density=0.459, kl=0.267, "
+        "tok_s=4582]"
+    )
+    found = parse_bar(bar)
+    assert (found["what"], found["done"], found["total"], found["left"]) == ("train", 752, 4000, "22:14")
+    assert found["values"] == {"ce": "2.332", "density": "0.459", "kl": "0.267", "tok_s": "4582"}
+    assert parse_bar("Loading weights: 100%|##########| 52/52 [00:00<00:00, 31086.63it/s]")["total"] == 52
+    assert parse_bar("one node of 100% | 3/4") is None
+    assert json.dumps(found)

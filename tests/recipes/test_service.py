@@ -1,0 +1,222 @@
+"""The service as people use it: a browser on a server of its own, and clients on loopback."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT
+
+httpx = pytest.importorskip("httpx", reason="httpx is in the test extra")
+pytest.importorskip("fastapi", reason="FastAPI is in the test extra")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium")
+
+
+class Server:
+    """`sparsebridge serve` in a folder with the recipes."""
+
+    def __init__(self, home: Path, *words: str):
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bridges.cli", "serve", "--port", "0", *words],
+            cwd=home, env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        line = self.process.stdout.readline()
+        self.address = re.search(r"http://\S+?(?=/)", line)[0]
+        self.client = httpx.Client(base_url=self.address, timeout=120)
+
+    def close(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(timeout=180)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "runs").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def server(home: Path) -> Iterator[Server]:
+    server = Server(home, "--no_worker")
+    yield server
+    server.close()
+
+
+def test_a_job_is_submitted_once_followed_and_cancelled(server: Server) -> None:
+    ask = {"recipe": "train", "config": "python", "run": "mine", "settings": {"max_steps": 5}}
+    made = server.client.post("/api/v1/jobs", json=ask, headers={"Idempotency-Key": "one"})
+    assert made.status_code == 201
+    job = made.json()
+    assert job["command"] == (
+        "accelerate launch recipes/train.py --config recipes/python/train.yaml --run runs/mine --max_steps 5"
+    )
+    again = server.client.post("/api/v1/jobs", json=ask, headers={"Idempotency-Key": "one"})
+    assert again.json()["id"] == job["id"]
+    changed = ask | {"settings": {}}
+    other = server.client.post("/api/v1/jobs", json=changed, headers={"Idempotency-Key": "one"})
+    assert other.status_code == 400
+    assert len(server.client.get("/api/v1/jobs").json()["jobs"]) == 1
+    assert server.client.post(f"/api/v1/jobs/{job['id']}/cancel", json={}).json()["state"] == "cancelled"
+    with server.client.stream("GET", f"/api/v1/jobs/{job['id']}/events") as events:
+        lines = list(events.iter_lines())
+    assert [line for line in lines if line.startswith("event")] == ["event: job", "event: end"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"recipe": "rm"}, "recipe: one of"),
+        ({"config": "../../etc"}, "config: one of"),
+        ({"run": "../elsewhere"}, "a name of letters"),
+        ({"run": "/abs"}, "a name of letters"),
+        ({"settings": {"dense.path": "somewhere"}}, "over HTTP train takes"),
+        ({"settings": {"max_steps": -1}}, "settings.max_steps"),
+        ({"settings": {"max_steps": "5; rm"}}, "settings.max_steps"),
+        ({"settings": {"sparsity.density": 1e999}}, ""),
+        ({"extra": 1}, "extra"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_no_job(server: Server, change: dict, words: str) -> None:
+    ask = {"recipe": "train", "config": "python", "run": "mine"} | change
+    answer = server.client.post(
+        "/api/v1/jobs", content=json.dumps(ask), headers={"content-type": "application/json"}
+    )
+    assert answer.status_code in (400, 422)
+    assert words in answer.json()["error"]
+    assert "\n" not in answer.json()["error"]
+    assert server.client.get("/api/v1/jobs").json()["jobs"] == []
+
+
+def test_what_is_absent_and_what_lies_elsewhere_answer_alike(server: Server, home: Path) -> None:
+    (home / "runs2").mkdir()
+    (home / "runs2" / "report.json").write_text("secret")
+    (home / "runs" / "one").mkdir()
+    (home / "runs" / "one" / "report.json").symlink_to(home / "runs2" / "report.json")
+    paths = [
+        "/api/v1/runs/absent", "/api/v1/runs/one/report.json", "/api/v1/runs/..%2fruns2/report.json",
+        "/api/v1/runs/%2e%2e/report.json", "/api/v1/jobs/jnone", "/runs/absent/report.html", "/nowhere",
+        "/static/../app.py", "/static/app.py", "/api/v1/runs/one/circuits/..%2f..%2fx",
+    ]  # fmt: skip
+    answers = {path: server.client.get(path) for path in paths}
+    assert {answer.status_code for answer in answers.values()} == {404}, answers
+    assert len({answer.text for answer in answers.values()}) == 1
+
+
+def test_the_committed_openapi_file_is_what_the_code_says(server: Server) -> None:
+    found = server.client.get("/api/v1/openapi.json").json()
+    committed = json.loads((ROOT / "bridges" / "service" / "openapi.json").read_text())
+    for value in (found, committed):  # FastAPI's own parts change with its releases
+        value.pop("openapi")
+        for name in ("HTTPValidationError", "ValidationError"):
+            value["components"]["schemas"].pop(name, None)
+    assert found == committed
+
+
+# --- a whole quickstart, in a browser ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    home = tmp_path_factory.mktemp("home")
+    (home / "recipes").symlink_to(ROOT / "recipes")
+    server = Server(home)
+    yield server
+    server.close()
+
+
+@needs_browser
+@pytest.mark.slow
+def test_the_quickstart_is_submitted_watched_and_edited_in_a_browser(quickstart: Server) -> None:
+    """No terminal: submit, follow to the end, move an edit's strength, see the dense answer flip."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is in the test extra")
+    pictures = Path(os.environ["SPARSEBRIDGE_PICTURES"]) if "SPARSEBRIDGE_PICTURES" in os.environ else None
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 900})
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(quickstart.address)
+        assert "No job yet" in page.inner_text("main")
+        page.click("text=Submit")
+        page.wait_for_url("**/jobs/*")
+        page.wait_for_selector("#curves svg", timeout=600_000)
+        if pictures:
+            page.wait_for_timeout(90_000)
+            page.screenshot(path=pictures / "service-job.png")
+        page.wait_for_function(
+            "['done', 'failed', 'cancelled'].includes(document.getElementById('state').textContent)",
+            timeout=3_600_000,
+        )
+        assert page.inner_text("#state") == "done", page.inner_text("#log")[-2000:]
+        page.click("h1 a")
+        page.click("#open-desk")
+        page.wait_for_selector("#desk:not([hidden])", timeout=120_000)
+        page.select_option("#desk select[name=task]", "if_equals")
+        page.select_option("#desk select[name=kind]", "patch")
+        flips = []
+        for strength in ("0", "0.5", "1", "2", "3"):
+            slider = page.locator("#desk input[name=strength]")
+            with page.expect_response("**/intervene") as answer:
+                slider.evaluate(
+                    """(own, value) => { own.value = value; own.dispatchEvent(new Event('input'));
+                    own.dispatchEvent(new Event('change')); }""",
+                    strength,
+                )
+            assert answer.value.ok, answer.value.text()
+            shown = page.locator('[data-model="dense"]')
+            flips.append("changed" in shown.inner_text())
+            if pictures and flips[-1] and not any(flips[:-1]):
+                page.screenshot(path=pictures / "service-desk.png", full_page=True)
+        assert not flips[0]
+        assert any(flips), flips
+        assert said == []
+        browser.close()
+
+
+@pytest.mark.slow
+def test_twenty_clients_for_a_minute(quickstart: Server) -> None:
+    """No error, flat memory; after the quickstart above."""
+    session = quickstart.client.post("/api/v1/runs/quickstart/sessions", json={}).json()
+    task = next(own for own in session["tasks"] if own["edit"])
+    ask = {
+        "task": task["task"], "nodes": task["edit"]["nodes"], "kind": "patch",
+        "prompt": task["example"]["clean"], "counterfactual": task["example"]["corrupted"],
+    }  # fmt: skip
+    url = f"/api/v1/sessions/{session['id']}/intervene"
+    process, codes, times = psutil.Process(quickstart.process.pid), [], []
+    end = time.monotonic() + 60
+
+    def client() -> None:
+        with httpx.Client(base_url=quickstart.address, timeout=60) as own:
+            while time.monotonic() < end:
+                begun = time.monotonic()
+                codes.append(own.post(url, json=ask).status_code)
+                times.append(time.monotonic() - begun)
+
+    clients = [threading.Thread(target=client) for _ in range(20)]
+    for one in clients:
+        one.start()
+    time.sleep(15)
+    before = process.memory_info().rss
+    for one in clients:
+        one.join()
+    grown = (process.memory_info().rss - before) / 2**20
+    assert set(codes) == {200}
+    assert grown < 32, f"{grown:.0f} MiB"
+    sys.stdout.write(f"{len(codes)} answers, +{grown:.1f} MiB, median {statistics.median(times):.3f} s\n")

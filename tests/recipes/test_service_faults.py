@@ -1,0 +1,127 @@
+"""SIGKILL at random to server, worker and training: no job is lost, none runs twice at once, and the
+weights are those of an undisturbed run."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bridges.service.jobs import ENDED
+from bridges.service.processes import ATTEMPT, MARK
+from bridges.service.queue import Queue
+from tests.conftest import ROOT
+from tests.recipes.test_recipes import TRAIN, metrics_of
+
+pytest.importorskip("fastapi", reason="FastAPI is in the test extra")
+STEPS = ["--max_steps", "40"]
+
+
+def cli(*words: object) -> list[str]:
+    return [sys.executable, "-m", "bridges.cli", *map(str, words)]
+
+
+class Service:
+    """`sparsebridge serve` with its worker, started again when it was killed, as a service manager would."""
+
+    def __init__(self, runs: Path):
+        self.runs, self.server = runs, None
+        self.environ = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.overlaps: list[str] = []
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> "Service":
+        self.start()
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._watcher.join()
+        self.start()
+        self.server.send_signal(signal.SIGTERM)
+        self.server.wait(timeout=120)
+
+    def start(self) -> None:
+        if self.server is None or self.server.poll() is not None:
+            words = ("--port", "0", "--lease", "2", "--attempts", "100", "--runs", self.runs)
+            self.server = subprocess.Popen(cli("serve", *words), cwd=ROOT, env=self.environ)
+
+    def pids(self, what: str) -> list[int]:
+        if what == "server":
+            return [self.server.pid] if self.server.poll() is None else []
+        found = []
+        for process in psutil.process_iter(["environ", "cmdline"]):
+            words = process.info["cmdline"] or []
+            is_job = MARK in (process.info["environ"] or {})
+            if what == "training" and is_job and str(self.runs) in " ".join(words):
+                found.append(process.pid)
+            if what == "worker" and not is_job and "worker" in words and str(self.runs) in words:
+                found.append(process.pid)
+        return found
+
+    def _watch(self) -> None:
+        """Two attempts of a job must never live at once."""
+        while not self._closing.wait(0.05):
+            alive = defaultdict(set)
+            for process in psutil.process_iter(["environ", "status"]):
+                environ = process.info["environ"] or {}
+                if MARK in environ and process.info["status"] != psutil.STATUS_ZOMBIE:
+                    alive[environ[MARK]].add(environ[ATTEMPT])
+            self.overlaps += [f"{job}: {sorted(own)}" for job, own in alive.items() if len(own) > 1]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow(reason="minutes"))])
+def test_no_job_is_lost_and_none_runs_twice(kills: int, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    runs, chance = tmp_path / "runs", random.Random(kills)
+    words = ["--dense.path", tiny_checkpoint, *TRAIN, *STEPS]
+    undisturbed = tmp_path / "undisturbed"
+    done = subprocess.run(
+        [sys.executable, "recipes/train.py", *map(str, words), "--run", str(undisturbed)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    jobs = [
+        subprocess.run(
+            cli("submit", "--runs", runs, "train", *words, "--run", runs / f"run{i}"),
+            cwd=ROOT, check=True, capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+        for i in range(2)
+    ]  # fmt: skip
+    queue, hit = Queue(runs), defaultdict(int)
+    with Service(runs) as service:
+        deadline = time.monotonic() + 60 * kills + 300
+
+        def states() -> list[str]:
+            assert time.monotonic() < deadline, [queue.get(job) for job in jobs]
+            return [queue.get(job)[1].state for job in jobs]
+
+        while sum(hit.values()) < kills and not set(states()) <= set(ENDED):
+            time.sleep(chance.uniform(0.5, 8))
+            pids = service.pids(what := chance.choice(["server", "worker", "training"]))
+            if pids:
+                os.kill(chance.choice(pids), signal.SIGKILL)
+                hit[what] += 1
+            service.start()
+        while not set(states()) <= set(ENDED):
+            time.sleep(0.5)
+    assert states() == ["done", "done"], [queue.get(job) for job in jobs]
+    assert service.overlaps == []
+    sys.stdout.write(json.dumps({"kills": hit, "attempts": [queue.get(job)[1].attempt for job in jobs]}))
+    for i in range(2):
+        own = runs / f"run{i}"
+        assert metrics_of(own) == metrics_of(undisturbed)
+        for name in ("student/model.safetensors", "bridges/bridges.safetensors"):
+            expected, found = load_file(undisturbed / name), load_file(own / name)
+            assert all(torch.equal(expected[key], found[key]) for key in expected), name
