@@ -21,7 +21,9 @@ COLUMNS = {
     "adversarial": "loss, worst node restored",
     "recurrence": "recurrence over seeds",
     "verdict": "verdict",
+    "failed": "what it fails",
 }
+NAMED = 3  # failed checks, the first ones; how many more there are is said
 
 
 def circuit_table(circuits: Sequence[Circuit]) -> str:
@@ -79,7 +81,25 @@ def _row(circuit: Circuit) -> dict[str, str]:
         "adversarial": _number(next(iter(adversarial), None), 2),
         "recurrence": _percent(_at(found, "controls", "seeds", "recurrence")),
         "verdict": str(_at(found, "verdict", "word") or "not tested"),
+        "failed": _failed(circuit),
     }
+
+
+def _failed(circuit: Circuit) -> str:
+    """Which checks do not pass, with value and limit: those that everything rests on come first."""
+    if "reached_loss" in circuit.settings and circuit.settings["reached_loss"] is None:
+        return "no circuit: the student itself, or every mask, stays above the target loss"
+    reasons = _at(circuit.evidence, "verdict", "reasons") or []
+    failed = sorted(
+        (check for check in reasons if not check["passed"]), key=lambda check: not check["is_essential"]
+    )
+    words = [
+        f"{check['name']} {'not run' if check['not_run'] else _number(check['value'], 2)} "
+        f"({check['relation']} {check['limit']:.2g})"
+        for check in failed[:NAMED]
+    ]
+    more = [f"{len(failed) - NAMED} more"] if len(failed) > NAMED else []
+    return "; ".join(words + more)
 
 
 def _at(value: object, *keys: str) -> object:

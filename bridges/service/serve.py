@@ -5,6 +5,7 @@ The worker is a process of its own: it outlives a server that was killed, and is
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -128,6 +129,9 @@ def serve(
         proxy_headers=False,
         timeout_graceful_shutdown=3, h11_max_incomplete_event_size=1 << 16,
     )  # fmt: skip
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn raises what it caught once more when it has ended; the worker is still to be stopped then.
+        signal.signal(number, lambda *_: None)
     try:
         uvicorn.Server(config).run(sockets=[bound])
     finally:

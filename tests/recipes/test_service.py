@@ -102,6 +102,22 @@ def test_a_wrong_request_is_one_line_and_no_job(server: Server, change: dict, wo
     assert server.client.get("/api/v1/jobs").json()["jobs"] == []
 
 
+def test_a_server_that_is_stopped_takes_its_worker_with_it(home: Path) -> None:
+    server = Server(home)
+
+    def workers() -> list[int]:
+        lines = [(one.pid, one.info["cmdline"] or []) for one in psutil.process_iter(["cmdline"])]
+        return [pid for pid, words in lines if "worker" in words and str(home / "runs") in words]
+
+    deadline = time.monotonic() + 30
+    while not workers():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    server.close()
+    assert server.process.returncode == 0
+    assert workers() == []
+
+
 def test_what_is_absent_and_what_lies_elsewhere_answer_alike(server: Server, home: Path) -> None:
     (home / "runs2").mkdir()
     (home / "runs2" / "report.json").write_text("secret")
@@ -159,10 +175,7 @@ def test_the_quickstart_is_submitted_watched_and_edited_in_a_browser(quickstart:
         if pictures:
             page.wait_for_timeout(90_000)
             page.screenshot(path=pictures / "service-job.png")
-        page.wait_for_function(
-            "['done', 'failed', 'cancelled'].includes(document.getElementById('state').textContent)",
-            timeout=3_600_000,
-        )
+        page.wait_for_selector("#cancel", state="hidden", timeout=3_600_000)
         assert page.inner_text("#state") == "done", page.inner_text("#log")[-2000:]
         page.click("h1 a")
         page.click("#open-desk")
@@ -173,11 +186,7 @@ def test_the_quickstart_is_submitted_watched_and_edited_in_a_browser(quickstart:
         for strength in ("0", "0.5", "1", "2", "3"):
             slider = page.locator("#desk input[name=strength]")
             with page.expect_response("**/intervene") as answer:
-                slider.evaluate(
-                    """(own, value) => { own.value = value; own.dispatchEvent(new Event('input'));
-                    own.dispatchEvent(new Event('change')); }""",
-                    strength,
-                )
+                slider.fill(strength)
             assert answer.value.ok, answer.value.text()
             shown = page.locator('[data-model="dense"]')
             flips.append("changed" in shown.inner_text())
