@@ -41,21 +41,8 @@ def submit(arguments: argparse.Namespace) -> int:
 
     words = arguments.arguments
     job = from_command_line(arguments.home, arguments.runs, arguments.recipe, words, arguments.key)
-    if arguments.runner == "local":
-        if arguments.dry_run:
-            sys.stdout.write(f"{job.command}\n")
-            return 0
-        job = Queue(arguments.runs).submit(job)
-        sys.stdout.write(f"{job.id}\n")
-        return 0
-    from bridges.service.runners import runner
-
-    engine = runner(arguments.runner, arguments.runs, arguments.home, arguments.option)
-    if arguments.dry_run:
-        sys.stdout.write(engine.render(job))
-        return 0
-    JobFolder(arguments.runs, job.run, job.id).write_job(job)
-    sys.stdout.write(f"{job.id} {engine.submit(job)}\n")
+    shown = job.command if arguments.dry_run else Queue(arguments.runs).submit(job).id
+    sys.stdout.write(f"{shown}\n")
     return 0
 
 
@@ -170,11 +157,7 @@ def add_commands(command) -> None:
         "recipe says.",
     )  # fmt: skip
     submitting.add_argument("--key", help="idempotency key: the same again gives the same job")
-    submitting.add_argument("--runner", choices=("local", "slurm", "skypilot"), default="local")
-    submitting.add_argument(
-        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the runner"
-    )
-    submitting.add_argument("--dry_run", action="store_true", help="print what would be sent")
+    submitting.add_argument("--dry_run", action="store_true", help="print what would be started")
     submitting.add_argument("recipe", choices=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
     submitting.add_argument("arguments", nargs=argparse.REMAINDER, help="as after recipes/RECIPE.py")
 
