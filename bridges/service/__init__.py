@@ -1,7 +1,7 @@
 """The service: submit, follow, look, intervene. Optional; files are the truth, and outlive it.
 
-    jobs.py       a job's files in its run folder
-    queue.py      their index in SQLite: leases, so that no two workers hold one job
-    worker.py     runs jobs: one recipe command each, in a process group of its own
-    app.py        the HTTP API; pages.py what a browser sees; live_desk.py the intervention desk
+jobs.py       a job's files in its run folder
+queue.py      their index in SQLite: leases, so that no two workers hold one job
+worker.py     runs jobs: one recipe command each, in a process group of its own
+app.py        the HTTP API; pages.py what a browser sees; live_desk.py the intervention desk
 """
