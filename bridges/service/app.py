@@ -3,7 +3,6 @@
 Who may ask is decided before any route runs (`bridges.service.guard`).
 """
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from bridges.service.pages import add_pages
 from bridges.service.queue import NoSuchJob, Queue
 from bridges.service.session_routes import add_session_routes
 from bridges.service.sessions import Sessions
+from extractor.artifacts import read_json
 from extractor.errors import InputError, MachineError, UsageError
 
 PAGE = 50
@@ -164,7 +164,9 @@ def add_run_routes(app: FastAPI, runs: Path) -> None:
         folder = run_folder(runs, run)
         evaluation = folder / "evaluation.json"
         return follow.summary(folder) | {
-            "evaluation": json.loads(evaluation.read_text()) if evaluation.is_file() else None
+            "evaluation": read_json(evaluation, "evaluation", "recipes/train.py")
+            if evaluation.is_file()
+            else None
         }
 
     @app.get("/api/v1/runs/{run}/claims")
@@ -172,7 +174,7 @@ def add_run_routes(app: FastAPI, runs: Path) -> None:
         """Each circuit's verdict with the checks behind it."""
         folder, claims = run_folder(runs, run), []
         for path in sorted((folder / "circuits").glob("*.json")):
-            circuit = json.loads(contained(runs, run, "circuits", path.name).read_text())
+            circuit = read_json(contained(runs, run, "circuits", path.name), "circuit", "recipes/extract.py")
             evidence = circuit["evidence"]
             sizes = {"nodes": len(circuit["nodes"]), "edges": len(circuit["edges"])}
             claims.append({"task": circuit["task"], **sizes, "verdict": evidence.get("verdict")})

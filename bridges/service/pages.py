@@ -1,6 +1,5 @@
 """The pages: made on the server, kept alive by one script without a build step."""
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from bridges.service import follow, submit
 from bridges.service.guard import contained, is_id
 from bridges.service.queue import Queue
+from extractor.artifacts import read_json
 
 STATIC = {"service.css": "text/css", "service.js": "text/javascript"}
 SHOWN = 50  # jobs on the first page
@@ -51,8 +51,8 @@ def add_pages(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
             raise LookupError(run)
         verdicts = {}
         for path in sorted((folder / "circuits").glob("*.json")):
-            evidence = json.loads(path.read_text(encoding="utf-8"))["evidence"]
-            verdicts[path.stem] = evidence
+            own = contained(runs, run, "circuits", path.name)
+            verdicts[path.stem] = read_json(own, "circuit", "recipes/extract.py")["evidence"]
         return page("run", run=follow.summary(folder), circuits=verdicts)
 
     @app.get("/static/{name}", include_in_schema=False)

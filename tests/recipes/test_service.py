@@ -143,6 +143,40 @@ def test_the_committed_openapi_file_is_what_the_code_says(server: Server) -> Non
     assert found == committed
 
 
+@needs_browser
+def test_the_pages_are_submitted_from_read_aloud_and_say_nothing_to_the_console(server: Server) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is in the test extra")
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is in the test extra")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        # axe puts its own script into the page, which the page's policy forbids as it should.
+        page = browser.new_context(bypass_csp=True).new_page()
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(server.address)
+        assert axe.Axe().run(page).violations_count == 0
+        page.fill("input[name=run]", "../elsewhere")
+        page.eval_on_selector("#submit", "form => { form.noValidate = true; }")
+        page.click("text=Submit")
+        page.wait_for_selector("#error:not(:empty)")
+        assert "a name of letters" in page.inner_text("#error")
+        said.clear()  # the browser's own line about the answer 400
+        page.fill("input[name=run]", "mine")
+        page.click("text=Submit")
+        page.wait_for_url("**/jobs/*")
+        assert page.inner_text("#state") == "queued"
+        assert axe.Axe().run(page).violations_count == 0
+        page.click("#cancel")
+        page.wait_for_selector("#cancel", state="hidden")
+        assert page.inner_text("#state") == "cancelled"
+        page.click("h1 a")
+        assert "No circuits yet" in page.inner_text("main")
+        assert axe.Axe().run(page).violations_count == 0
+        assert said == []
+        browser.close()
+
+
 # --- a whole quickstart, in a browser ---------------------------------------------------------------------
 
 
