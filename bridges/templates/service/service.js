@@ -159,6 +159,7 @@
       const body = { ...setting(), continuation: Number(form.continuation.value), off_target: form.off_target.checked };
       try {
         showAnswer(await ask("POST", `/api/v1/sessions/${session.id}/intervene`, body));
+        byId("desk-answer").dataset.strength = body.strength;
       } catch (error) {
         if (!/no such thing/.test(error.message)) throw error;
         await load(); // unloaded meanwhile
