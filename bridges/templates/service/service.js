@@ -136,6 +136,7 @@
       const task = session.tasks.find((own) => own.task === form.task.value);
       form.prompt.value = task.example.clean || "";
       form.counterfactual.value = task.example.corrupted || "";
+      for (const area of [form.prompt, form.counterfactual]) area.scrollTop = area.scrollHeight; // what is asked stands last
       const nodes = byId("desk-nodes"), chosen = task.edit ? task.edit.nodes : task.nodes.slice(0, 4);
       nodes.replaceChildren();
       for (const node of [...new Set([...chosen, ...task.nodes])]) {
@@ -195,12 +196,14 @@
       }
       make("p", part, own.changed ? `The most likely next token changed: "${best(own.before).text}" to "${best(own.after).text}".` : "The most likely next token is the same.", { class: own.changed ? "bad" : "note", "data-model": model });
       make("p", part, `KL from the unchanged answer: ${own.kl.toPrecision(3)} nats`);
+      if (Number.isFinite(own.difference?.before))
+        make("p", part, `The task's answer minus its distractor: ${own.difference.before.toFixed(2)} before, ${own.difference.after.toFixed(2)} after (logits)`);
       const table = make("table", part), head = make("tr", make("thead", table));
       for (const name of ["next token", "before", "after"]) make("th", head, name, { scope: "col" });
       const body = make("tbody", table);
       own.before.forEach((token, i) => {
         const row = make("tr", body);
-        make("th", row, `"${token.text}"`, { scope: "row" });
+        make("th", row, `"${token.text}"`, { scope: "row", class: "token" });
         make("td", row, share(token.probability));
         make("td", row, share(own.after[i].probability));
       });
