@@ -41,16 +41,29 @@ def submit(arguments: argparse.Namespace) -> int:
 
     words = arguments.arguments
     job = from_command_line(arguments.home, arguments.runs, arguments.recipe, words, arguments.key)
-    shown = job.command if arguments.dry_run else Queue(arguments.runs).submit(job).id
-    sys.stdout.write(f"{shown}\n")
+    if arguments.runner == "local":
+        shown = job.command if arguments.dry_run else Queue(arguments.runs).submit(job).id
+        sys.stdout.write(f"{shown}\n")
+        return 0
+    from bridges.service.runners import runner
+
+    engine = runner(arguments.runner, arguments.runs, arguments.home, arguments.option)
+    if arguments.dry_run:
+        sys.stdout.write(engine.render(job))
+    else:
+        sys.stdout.write(f"{job.id} {engine.submit(job)}\n")
     return 0
 
 
 def jobs(arguments: argparse.Namespace) -> int:
     from bridges.service.follow import as_table, view
+    from bridges.service.jobs import job_folders
     from bridges.service.queue import Queue
 
-    found = [(job, status) for _, job, status in Queue(arguments.runs).page(limit=arguments.limit)]
+    elsewhere = [folder.read() for folder in job_folders(arguments.runs) if folder.engine.is_file()]
+    found = [
+        (job, status) for _, job, status in Queue(arguments.runs).page(limit=arguments.limit)
+    ] + elsewhere
     if arguments.json:
         views = [view(arguments.runs, job, status).model_dump() for job, status in found]
         sys.stdout.write(json.dumps(views, indent=1) + "\n")
@@ -62,10 +75,15 @@ def jobs(arguments: argparse.Namespace) -> int:
 def logs(arguments: argparse.Namespace) -> int:
     from bridges.service.follow import read_log
     from bridges.service.queue import Queue
+    from bridges.service.runners import engine_of
 
     queue, offset = Queue(arguments.runs), 0
+    engine = engine_of(arguments.runs, Path(), arguments.job)
     while True:
-        job, status = queue.get(arguments.job)
+        if engine is None:
+            job, status = queue.get(arguments.job)
+        else:
+            job, status = JobFolder(arguments.runs, engine[1].run, arguments.job).read()
         text, offset = read_log(JobFolder(arguments.runs, job.run, job.id), offset)
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -77,7 +95,12 @@ def logs(arguments: argparse.Namespace) -> int:
 
 def cancel(arguments: argparse.Namespace) -> int:
     from bridges.service.queue import Queue
+    from bridges.service.runners import engine_of
 
+    if (engine := engine_of(arguments.runs, Path(), arguments.job)) is not None:
+        engine[0].cancel(engine[1])
+        sys.stdout.write(f"{arguments.job}: {engine[0].poll(engine[1])[0]}\n")
+        return 0
     status = Queue(arguments.runs).cancel(arguments.job)
     word = "it writes a checkpoint and stops" if status.is_cancelling else status.state
     sys.stdout.write(f"{arguments.job}: {word}\n")
@@ -89,13 +112,18 @@ def worker(arguments: argparse.Namespace) -> int:
     from bridges.service.serve import OneWorker
     from bridges.service.worker import WorkerConfig, work
 
-    lock = OneWorker(arguments.runs)
-    if not lock.take():
-        raise MachineError(f"a worker works in '{arguments.runs}' already (process {lock.holder()})")
     settings = {name: getattr(arguments, name) for name in WORKER if getattr(arguments, name) is not None}
     if "launcher" in settings:
         settings["launcher"] = settings["launcher"].split()
-    work(Queue(arguments.runs), arguments.home, WorkerConfig(**settings), until_empty=arguments.until_empty)
+    config = WorkerConfig(**settings)
+    if arguments.handed_over:
+        from bridges.service.handed_over import work_on
+
+        return work_on(arguments.runs, arguments.home, arguments.handed_over, config)
+    lock = OneWorker(arguments.runs)
+    if not lock.take():
+        raise MachineError(f"a worker works in '{arguments.runs}' already (process {lock.holder()})")
+    work(Queue(arguments.runs), arguments.home, config, until_empty=arguments.until_empty)
     return 0
 
 
@@ -157,7 +185,11 @@ def add_commands(command) -> None:
         "recipe says.",
     )  # fmt: skip
     submitting.add_argument("--key", help="idempotency key: the same again gives the same job")
-    submitting.add_argument("--dry_run", action="store_true", help="print what would be started")
+    submitting.add_argument("--runner", choices=("local", "slurm", "skypilot"), default="local")
+    submitting.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the runner"
+    )
+    submitting.add_argument("--dry_run", action="store_true", help="print what would be started or sent")
     submitting.add_argument("recipe", choices=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
     submitting.add_argument("arguments", nargs=argparse.REMAINDER, help="as after recipes/RECIPE.py")
 
@@ -177,6 +209,7 @@ def add_commands(command) -> None:
         "worker", worker, "Run queued jobs: one at a time, until stopped; the job then writes a checkpoint, "
         "and is queued again. Exit code 0, or 4 where a worker works here already.",
     )  # fmt: skip
+    working.add_argument("--handed_over", metavar="RUN/JOB", help="only this job, which an engine started")
     working.add_argument("--until_empty", action="store_true", help="end when no job is left")
     cleaning = command("gc", gc, "Remove old job files: of jobs that ended long ago; runs stay. Exit code 0.")
     cleaning.add_argument("--days", type=float, default=30.0)

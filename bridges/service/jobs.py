@@ -100,6 +100,10 @@ class JobFolder:
     def __init__(self, runs: Path, run: str, job_id: str):
         self.path = runs / run / "jobs" / job_id
         self.log, self.progress = self.path / "log.txt", self.path / "progress.json"
+        self.cancel = self.path / "cancel"
+        """Where it lies, a job that an engine runs is to stop."""
+        self.engine = self.path / "engine.json"
+        """Where it lies, the job was handed to another engine, and no worker here takes it."""
         self.outcome = self.path / "outcome.json"
         """What the recipe says as it ends: a launcher keeps exit codes to itself."""
 

@@ -66,10 +66,11 @@ def kill(job_id: str, attempts: range, seconds: float = 10.0) -> bool:
 
 
 def ask_to_stop(job_id: str, attempt: int, asked: set[int], launcher: int) -> None:
-    """SIGTERM, once to every process that was not asked before, but for the launcher: that one would end at
-    once, and leave the others to themselves."""
-    for process in processes_of(job_id, range(attempt, attempt + 1)):
-        if process.pid not in asked and process.pid != launcher:
+    """SIGTERM, once to every process that was not asked before, but for a launcher that has others below it:
+    it would end at once, and leave them to themselves."""
+    found = processes_of(job_id, range(attempt, attempt + 1))
+    for process in found:
+        if process.pid not in asked and (process.pid != launcher or len(found) == 1):
             asked.add(process.pid)
             _send(process, signal.SIGTERM)
 

@@ -241,12 +241,15 @@ class Queue:
     # --- from files --------------------------------------------------------------------------------------
 
     def adopt(self) -> tuple[int, list[str]]:
-        """Take in every job of the run folders that the index has not; the number, and what is damaged.
+        """Take in every job of the run folders that the index has not, but for those that another engine has:
+        the number, and what is damaged.
 
         A job that was running is queued again: its lease is not known, its command goes on where it stopped.
         """
         found, damaged = [], []
         for folder in job_folders(self.runs):
+            if folder.engine.exists():
+                continue
             try:
                 found.append(folder.read())
             except InputError as error:

@@ -63,6 +63,10 @@ print("the end, with hf_abcdefghijklmnopqrstuvwxyzABCDEFGH in it")
 """
 
 
+PLAIN = (sys.executable,)
+LAUNCH = (*PLAIN, "-m", "accelerate.commands.launch")
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     (tmp_path / "recipes").mkdir()
@@ -108,20 +112,18 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def start_worker(home: Path, **environ: str) -> subprocess.Popen:
+def start_worker(home: Path, launcher: tuple[str, ...] = LAUNCH, **environ: str) -> subprocess.Popen:
     """A worker as a process of its own, with a short lease."""
     code = (
         "from pathlib import Path; from bridges.service.queue import Queue;"
         "from bridges.service.worker import WorkerConfig, work;"
-        "work(Queue(Path('runs')), Path('.'), WorkerConfig(lease=1.0, poll=0.1, grace=20), until_empty=True)"
+        "work(Queue(Path('runs')), Path('.'), WorkerConfig("
+        f"lease=1.0, poll=0.1, grace=20, launcher={launcher!r}), until_empty=True)"
     )
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=home, env={**os.environ, "PYTHONPATH": path, **environ}
     )
-
-
-LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 
 
 def test_a_job_runs_to_its_end_and_no_secret_reaches_its_log(queue: Queue, home: Path) -> None:
@@ -180,9 +182,10 @@ work(Queue(Path("runs")), Path("."), config, until_empty=True)
     assert "took its worker with it" in ended(queue, job).reason
 
 
-def test_a_cancelled_job_writes_its_checkpoint_first(queue: Queue, home: Path) -> None:
+@pytest.mark.parametrize("launcher", [LAUNCH, PLAIN])
+def test_a_cancelled_job_writes_its_checkpoint_first(queue: Queue, home: Path, launcher) -> None:
     job = submit(queue, "stop")
-    worker = start_worker(home)
+    worker = start_worker(home, launcher)
     wait_for((home / "runs" / "run" / "started").exists)
     queue.cancel(job.id)
     assert worker.wait(timeout=60) == 0
