@@ -172,12 +172,10 @@ def add_run_routes(app: FastAPI, runs: Path) -> None:
     @app.get("/api/v1/runs/{run}/claims")
     def get_claims(run: str) -> list[dict[str, Any]]:
         """Each circuit's verdict with the checks behind it."""
-        folder, claims = run_folder(runs, run), []
-        for path in sorted((folder / "circuits").glob("*.json")):
-            circuit = read_json(contained(runs, run, "circuits", path.name), "circuit", "recipes/extract.py")
-            evidence = circuit["evidence"]
+        claims = []
+        for circuit in follow.circuits(run_folder(runs, run)).values():
             sizes = {"nodes": len(circuit["nodes"]), "edges": len(circuit["edges"])}
-            claims.append({"task": circuit["task"], **sizes, "verdict": evidence.get("verdict")})
+            claims.append({"task": circuit["task"], **sizes, "verdict": circuit["evidence"].get("verdict")})
         return claims
 
     @app.get("/api/v1/runs/{run}/circuits/{task}", response_class=FileResponse)

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from bridges.service.jobs import ENDED, Job, JobFolder, State, Status
 from bridges.service.queue import Queue
 from bridges.service.redact import redact
+from extractor.artifacts import read_json
 
 EVERY = 0.5  # seconds between two looks at the files
 CHUNK = 1 << 16  # bytes of log in one event
@@ -162,6 +163,16 @@ def as_table(rows: list[tuple[Job, Status]], runs: Path) -> str:
         "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() + "\n"
         for line in lines
     )
+
+
+def circuits(run: Path) -> dict[str, dict[str, Any]]:
+    """Every circuit's file, by task; none that lies elsewhere.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    own = (path for path in (run / "circuits").glob("*.json") if path.resolve().is_relative_to(run.resolve()))
+    return {path.stem: read_json(path, "circuit", "recipes/extract.py") for path in sorted(own)}
 
 
 def summary(run: Path) -> dict[str, Any]:

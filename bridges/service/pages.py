@@ -11,7 +11,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from bridges.service import follow, submit
 from bridges.service.guard import contained, is_id
 from bridges.service.queue import Queue
-from extractor.artifacts import read_json
 
 STATIC = {"service.css": "text/css", "service.js": "text/javascript"}
 SHOWN = 50  # jobs on the first page
@@ -49,11 +48,8 @@ def add_pages(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
         folder = contained(runs, run)
         if not folder.is_dir():
             raise LookupError(run)
-        verdicts = {}
-        for path in sorted((folder / "circuits").glob("*.json")):
-            own = contained(runs, run, "circuits", path.name)
-            verdicts[path.stem] = read_json(own, "circuit", "recipes/extract.py")["evidence"]
-        return page("run", run=follow.summary(folder), circuits=verdicts)
+        found = {task: circuit["evidence"] for task, circuit in follow.circuits(folder).items()}
+        return page("run", run=follow.summary(folder), circuits=found)
 
     @app.get("/static/{name}", include_in_schema=False)
     def static(name: str) -> Response:

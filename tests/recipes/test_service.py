@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bridges.service.jobs import Job, JobFolder, Status
+from bridges.service.queue import reindex
 from tests.conftest import ROOT
 
 httpx = pytest.importorskip("httpx", reason="httpx is in the test extra")
@@ -75,6 +77,63 @@ def test_a_job_is_submitted_once_followed_and_cancelled(server: Server) -> None:
     with server.client.stream("GET", f"/api/v1/jobs/{job['id']}/events") as events:
         lines = list(events.iter_lines())
     assert [line for line in lines if line.startswith("event")] == ["event: job", "event: end"]
+
+
+def test_events_go_on_where_a_reader_stopped(server: Server, home: Path) -> None:
+    """Each step and each line of the log once, though the reader comes back."""
+    job = Job.new("mine", "train")
+    folder = JobFolder(home / "runs", "mine", job.id)
+    folder.write_job(job)
+    folder.write_status(Status(state="done"))
+    rows = [{"step": step, "ce": 1.0} for step in range(1, 1201)]
+    (home / "runs" / "mine" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder.log.write_text("".join(f"line {i}\n" for i in range(20_000)))
+    reindex(home / "runs")
+
+    def read(last: str | None, most: int) -> tuple[list[tuple[str, object]], str | None]:
+        """Some events, then the reader drops the connection."""
+        found, headers = [], {} if last is None else {"Last-Event-ID": last}
+        with server.client.stream("GET", f"/api/v1/jobs/{job.id}/events", headers=headers) as events:
+            kind = ""
+            for line in events.iter_lines():
+                name, _, value = line.partition(": ")
+                if name == "id":
+                    last = value
+                elif name == "event":
+                    kind = value
+                elif name == "data":
+                    found.append((kind, json.loads(value)))
+                    if len(found) == most or kind == "end":
+                        return found, last
+        return found, last
+
+    seen, last = [], None
+    while not seen or seen[-1][0] != "end":
+        some, last = read(last, most=2)
+        seen += some
+    steps = [row["step"] for kind, value in seen if kind == "metrics" for row in value]
+    assert steps == list(range(1, 1201))
+    assert "".join(value for kind, value in seen if kind == "log") == folder.log.read_text()
+
+
+def test_hostile_text_is_shown_as_text(server: Server, home: Path) -> None:
+    hostile = "</script><img src=x onerror=alert(1)>'\"&\u2028\u202e"
+    folder = home / "runs" / "one"
+    (folder / "circuits").mkdir(parents=True)
+    evidence = {"nodes": 1, "edges": 1, "loss": 0.1, "verdict": {"word": hostile}}
+    circuit = {"task": hostile, "nodes": [], "edges": [], "evidence": evidence}
+    (folder / "circuits" / "x'\"<b>.json").write_text(json.dumps(circuit))
+    job = Job.new("one", "train", [hostile])
+    JobFolder(home / "runs", "one", job.id).write_job(job)
+    JobFolder(home / "runs", "one", job.id).write_status(Status(state="failed", reason=hostile))
+    reindex(home / "runs")
+    for path in ("/", "/runs/one", f"/jobs/{job.id}"):
+        answer = server.client.get(path)
+        assert answer.status_code == 200, path
+        assert "<img" not in answer.text, path
+        assert "<b>" not in answer.text, path
+        assert "&lt;/script&gt;" in answer.text, path
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
 
 
 @pytest.mark.parametrize(
