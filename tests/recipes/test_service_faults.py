@@ -52,6 +52,10 @@ class Service:
         self.start()
         self.server.send_signal(signal.SIGTERM)
         self.server.wait(timeout=120)
+        left = [psutil.Process(pid) for pid in self.pids("worker")]  # of a server that was killed: it stays
+        for worker in left:
+            worker.terminate()
+        psutil.wait_procs(left, timeout=120)
 
     def start(self) -> None:
         if self.server is None or self.server.poll() is not None:
