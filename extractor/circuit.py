@@ -69,6 +69,11 @@ class Circuit:
     evidence: dict[str, object] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def pairs(self) -> list[tuple[Node, Node]]:
+        """Source and target of every edge."""
+        return [(edge.source, edge.target) for edge in self.edges]
+
     def tap(self, frozen: Frozen, *, complement: bool = False) -> Tap:
         """The student as this circuit only; with `complement`, as everything but the circuit.
 
@@ -82,7 +87,7 @@ class Circuit:
         A weight that is no edge of the circuit carries its source's mean.
         """
         model = CompactStudent(student, live_channels(self.nodes), means)
-        return EdgeGates(model, means).close_([(edge.source, edge.target) for edge in self.edges])
+        return EdgeGates(model, means).close_(self.pairs)
 
     def export(self, folder: Path, student: Student, means: Means, ids: Int[Tensor, "batch seq"]) -> float:
         """Save the compact model; returns (and writes) its largest logit difference from the masked student

@@ -100,7 +100,7 @@ class Bench:
         if self.constants.get(ablation) is self.carried:
             with torch.no_grad():
                 return self.packed.differences(self.circuit.compact(self.student, self.carried))[0]
-        run = close_edges(self.student, self.circuit, self.carried)
+        run = close_edges(self.student, self.circuit.nodes, self.circuit.pairs, self.carried)
         return self._ablated(run, ablation, self.circuit.tap)
 
     def without(self, ablation: Ablation) -> Difference:

@@ -35,6 +35,7 @@ from extractor.machine import autocast
 from extractor.masks import Bank, GateTap, Means, NodeMasks, tied_queries
 from extractor.packed import Chunks, pack
 from extractor.refine import RefineConfig, drop_spare_nodes, find_edges, in_use, needed_without_edges
+from extractor.restored import RestoredConfig, RestoredSets, restore_at_random
 from extractor.sites import Node
 from extractor.smallest import Sizes, calibrate_all, calibrated_losses, smallest_circuit
 from extractor.student import Student
@@ -79,6 +80,8 @@ class PruneConfig(Config):
     smallest circuit that reaches the target is kept."""
     refine: RefineConfig = RefineConfig()
     """Edges are learned, and what can be spared is dropped."""
+    restored: RestoredConfig = RestoredConfig()
+    """Circuits hold while random closed nodes work again."""
     compact: bool = True
     """Fold nodes away that cannot open again; changes the speed alone."""
     together: bool | None = None
@@ -248,8 +251,11 @@ def _finish(
     is_refined = config.refine.enabled and found.goal is not None
     if is_refined:
         # More open nodes than the search kept: which of them can go is better seen than ranked.
+        restored = None
+        if config.restored.enabled:
+            restored = RestoredSets(student, masks, setting.selection, config.restored)
         kept = drop_spare_nodes(
-            student, masks, found.kept | (found.tau > 0), found.goal, setting.selection, bank
+            student, masks, found.kept | (found.tau > 0), found.goal, setting.selection, bank, restored
         )
     if found.goal is None:
         kept = torch.zeros_like(kept)  # no circuit; all of the student is not one
@@ -268,6 +274,7 @@ def _finish(
             found.goal,
             config.refine,
             config.pairs_per_step,
+            (restored, kept) if restored else None,
         )
         needed = needed_without_edges(student, nodes, pairs, masks.means, setting.selection, found.goal)
         nodes, pairs = in_use(nodes, pairs, needed)
@@ -345,9 +352,25 @@ class MaskObjective:
         # Folded matrices are too small to gain from bf16.
         with autocast(self.student.device) if self.model is self.student else nullcontext():
             (difference,) = packed.differences(self.model, self.tap(gates, drawn))
-        task_loss = F.binary_cross_entropy_with_logits(difference, wanted, reduction="none")
-        by_setting = task_loss.unflatten(0, (2, len(self.settings), -1)).mean((0, 2))
-        return by_setting + self.size_coefs * gates.sum(1)
+        task_loss = self._by_setting(difference, wanted)
+        if self.config.restored.enabled:
+            task_loss = (task_loss + self._restored(step, gates)) / 2
+        return task_loss + self.size_coefs * gates.sum(1)
+
+    def _restored(self, step: int, gates: Tensor) -> Float[Tensor, " setting"]:
+        """Task loss of the circuits while random closed nodes work, on some of the step's pairs."""
+        count = min(self.config.restored.pairs_per_step, self.config.pairs_per_step)
+        batch, wanted = draw_all(self.settings, step, count)
+        packed = pack(batch, self.student.config)
+        drawn = self.bank.draw(*packed.shape, seed=step) if self.bank is not None else None
+        tap = GateTap(self.masks)(restore_at_random(gates, count, seed=step), drawn)
+        with autocast(self.student.device):
+            (difference,) = packed.differences(self.student, tap)
+        return self._by_setting(difference, wanted)
+
+    def _by_setting(self, difference: Tensor, wanted: Tensor) -> Float[Tensor, " setting"]:
+        loss = F.binary_cross_entropy_with_logits(difference, wanted, reduction="none")
+        return loss.unflatten(0, (2, len(self.settings), -1)).mean((0, 2))
 
     def _fold(self, live: Bool[Tensor, " node"]) -> None:
         if int(live.sum()) < COMPACT_BELOW * self.num_live:

@@ -22,6 +22,7 @@ from extractor.edges import EdgeGates
 from extractor.gates import learn_gates
 from extractor.masks import Bank, Means, NodeMasks, live_channels
 from extractor.packed import Chunks, pack
+from extractor.restored import RestoredEdges, RestoredSets
 from extractor.sites import Node
 from extractor.smallest import Sizes, calibrated_losses, gate_gradient
 from extractor.student import Student
@@ -106,19 +107,30 @@ def drop_spare_nodes(
     goal: float,
     prompts: TaskBatch,
     bank: Bank | None = None,
+    restored: RestoredSets | None = None,
 ) -> Bool[Tensor, " node"]:
-    """The parts that are needed, of those that reach the goal."""
+    """The parts that are needed, of those that reach the goal; with `restored`, also while its sets work."""
     sizes = Sizes(student, masks, masks.of_nodes(kept), bank)
+    exchange = goal / restored.limit(masks.of_nodes(kept)) if restored else 0.0
 
     def losses_of(sets: Tensor) -> list[float]:
-        return [loss for loss, _ in sizes.losses(masks.of_nodes(sets), prompts)]
+        nodes = masks.of_nodes(sets)
+        losses = [loss for loss, _ in sizes.losses(nodes, prompts)]
+        if restored is None:
+            return losses
+        return [
+            max(loss, exchange * restored.loss(own)) if loss <= goal else loss
+            for loss, own in zip(losses, nodes, strict=True)
+        ]
 
     def gradient_of(parts: Tensor) -> Tensor:
         nonlocal sizes
         live = masks.of_nodes(parts)
         if bank is None and int(live.sum()) < 0.8 * sizes.model.num_nodes:
             sizes = Sizes(student, masks, live)
-        of_nodes = sizes.gradient(masks.of_nodes(parts), prompts)
+        of_nodes = sizes.gradient(live, prompts)
+        if restored is not None:
+            of_nodes = of_nodes + exchange * restored.gradient(live)
         return torch.zeros_like(masks.tau[0]).index_add(0, masks.part_of_node, of_nodes)
 
     return masks.of_nodes(drop_spare(kept, losses_of, gradient_of, goal))
@@ -135,9 +147,15 @@ def find_edges(
     goal: float,
     config: RefineConfig,
     pairs_per_step: int,
+    restored: tuple[RestoredSets, Bool[Tensor, " node"]] | None = None,
 ) -> tuple[list[tuple[Node, Node]], Calibration]:
-    """The edges that the task needs among those of a compact model, and the circuit's calibration."""
+    """The edges that the task needs among those of a compact model, and the circuit's calibration.
+
+    Args:
+        restored: sets of nodes, and the circuit's own: what is needed while those work is kept, too.
+    """
     edges = EdgeGates(model, means)
+    others = RestoredEdges(*restored, edges.pairs, goal) if restored and len(edges) else None
 
     chunks = Chunks(selection, model.config)
 
@@ -149,7 +167,13 @@ def find_edges(
         return calibrated_losses(differences(sets.float()))
 
     def losses_of(sets: Tensor) -> list[float]:
-        return [loss for loss, _ in measure(sets)]
+        losses = [loss for loss, _ in measure(sets)]
+        if others is None:
+            return losses
+        return [
+            max(loss, others.loss(own)) if loss <= goal else loss
+            for loss, own in zip(losses, sets, strict=True)
+        ]
 
     def gradient_of(kept: Tensor) -> Tensor:
         gates = kept.float()[None].requires_grad_()
@@ -159,7 +183,7 @@ def find_edges(
     ((loss, calibration),) = measure(everything[None])
     if not len(edges) or loss > goal:
         return edges.pairs, calibration
-    tau = learn_edges(edges, draw, config, pairs_per_step)
+    tau = learn_edges(edges, draw, config, pairs_per_step, others)
     kept = tau > 0
     if losses_of(kept[None])[0] > goal:
         kept = everything
@@ -169,7 +193,11 @@ def find_edges(
 
 
 def learn_edges(
-    edges: EdgeGates, draw: Draw, config: RefineConfig, pairs_per_step: int
+    edges: EdgeGates,
+    draw: Draw,
+    config: RefineConfig,
+    pairs_per_step: int,
+    restored: RestoredEdges | None = None,
 ) -> Float[Tensor, " edge"]:
     """tau of every edge, by AdamW on task loss + edge_coef * edges open."""
     noise = torch.randn(len(edges), generator=torch.Generator().manual_seed(0)).to(edges.model.device)
@@ -179,6 +207,10 @@ def learn_edges(
         batch, wanted = draw(step, pairs_per_step)
         (difference,) = pack(batch, edges.model.config).differences(edges.run(gates[0]))
         loss = F.binary_cross_entropy_with_logits(difference, wanted)
+        if restored is not None:
+            batch, wanted = draw(step, min(pairs_per_step, restored.sets.config.pairs_per_step))
+            difference = restored.difference(gates[0], batch, seed=step)
+            loss = (loss + F.binary_cross_entropy_with_logits(difference, wanted)) / 2
         return loss[None] + config.edge_coef * gates.sum(1)
 
     learn_gates(tau, objective, steps=config.steps, learning_rate=config.learning_rate)

@@ -39,7 +39,9 @@ def test_both_ways_give_the_models_own_answers(row) -> None:
     tails = PromptTails(dense, batch)
     assert (tails.prefix is None) == (row in SLIDING)
     delta = late_delta(tails, dense.width)
-    assert torch.equal(tails.unedited, batch.logit_difference(dense.run(batch.ids).logits))
+    # Products of other shapes: on some CPUs their last bits differ.
+    unedited = batch.logit_difference(dense.run(batch.ids).logits)
+    torch.testing.assert_close(tails.unedited, unedited, atol=1e-4, rtol=1e-5)
     for site in dense.sites:
         found = [tails.differences(site, delta)]
         prefix, tails.prefix = tails.prefix, None

@@ -9,7 +9,7 @@ import torch
 
 from extractor.adversary import AdversaryConfig, spread
 from extractor.circuit import Calibration, Circuit, edges_between, keep_nodes
-from extractor.closed_edges import close_edges, closed_parameters
+from extractor.closed_edges import close_edges
 from extractor.evidence import Bench, EvidenceConfig, agreement, gather_evidence
 from extractor.masks import Bank, mean_activations
 from extractor.packed import Chunks, PackedPairs, PlainPairs
@@ -128,13 +128,12 @@ def test_closed_edges_on_the_student_are_those_of_the_compact_model(kind: str) -
     circuit = Circuit(
         "t", nodes, tuple(e for e in edges if (e.source, e.target) in open_), "sha", {}, Calibration()
     )
-    assert closed_parameters(student, circuit, means)
-    run = close_edges(student, circuit, means)
+    run = close_edges(student, nodes, circuit.pairs, means)
+    assert run is not student
     logits = run(prompts.ids, tap=circuit.tap(means)).logits
     compact = circuit.compact(student, means)(prompts.ids).logits
     torch.testing.assert_close(logits, compact, atol=1e-4, rtol=1e-4)
-    whole = dataclasses.replace(circuit, edges=edges)
-    assert close_edges(student, whole, means) is student
+    assert close_edges(student, nodes, pairs, means) is student
 
 
 # --- measures --------------------------------------------------------------------------------------------

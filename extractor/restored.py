@@ -1,0 +1,113 @@
+"""Circuits that hold while others work: closed nodes restored at random, while a circuit is looked for.
+
+A mask learned against frozen nodes alone may lean on what they are frozen at: it does its task there, and no
+longer when some of the rest works again, which `extractor.adversary` tests on held-out prompts. So closed
+nodes are restored at random in the search, too. (Stochastic masks between a circuit and the whole network,
+as in parameter decomposition, Bushnaq et al. 2025.)
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from extractor.adversary import Attack, random_set, spread
+from extractor.circuit import Calibration
+from extractor.closed_edges import Pairs, StudentEdges
+from extractor.config import Config
+from extractor.masks import GateTap, NodeMasks
+from extractor.packed import Chunks, Run, pack
+from extractor.smallest import gate_gradient
+from extractor.student import Student
+from extractor.tasks import TaskBatch
+
+SHARES = (0.01, 0.1, 0.3, 0.6)  # of the closed nodes
+
+
+class RestoredConfig(Config):
+    """What a circuit should not mind."""
+
+    enabled: bool = False
+    """Circuits get larger, and the search takes longer: the whole student runs, nothing is folded away."""
+    pairs_per_step: int = Field(4, ge=1)
+    """Of a step's pairs, how many are run once more, each with a random set of closed nodes restored."""
+    max_loss: float = Field(0.2, gt=0)
+    """Two-way loss in nats that no random set may exceed, on selection prompts, for a node to be spared."""
+    sets: int = Field(1, ge=1)
+    """Random sets of every size on which that is tried."""
+    pairs: int = Field(8, ge=2)
+    """Selection pairs on which that is tried."""
+
+
+def restore_at_random(gates: Float[Tensor, "setting node"], pairs: int, seed: int) -> Tensor:
+    """Gates of every setting's pairs, (setting * pairs, node): each with random closed nodes restored.
+
+    How many is random, too: any share of them is as likely as any other.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.rand(len(gates), pairs, 1, generator=generator)
+    works = torch.rand(len(gates), pairs, gates.shape[1], generator=generator) < share
+    return torch.where(works.to(gates.device), 1.0, gates[:, None]).flatten(0, 1)
+
+
+class RestoredSets:
+    """A few fixed random sets of nodes, and what their work does to circuits."""
+
+    def __init__(self, student: Student, masks: NodeMasks, prompts: TaskBatch, config: RestoredConfig):
+        self.student, self.masks, self.config = student, masks, config
+        self.prompts = Chunks(spread(prompts, config.pairs), student.config)
+        everything = torch.ones_like(masks.part_of_node, dtype=torch.bool)
+        generator = torch.Generator().manual_seed(0)
+        sizes = [max(1, round(share * len(everything))) for share in SHARES for _ in range(config.sets)]
+        self.sets = torch.stack([random_set(everything, size, generator) for size in sizes])
+
+    def limit(self, kept: Bool[Tensor, " node"], run: Run | None = None) -> float:
+        """What a smaller circuit than this may reach: `max_loss`, or what this one itself does."""
+        return max(self.config.max_loss, self.loss(kept, run))
+
+    @torch.no_grad()
+    def loss(self, kept: Bool[Tensor, " node"], run: Run | None = None) -> float:
+        """The circuit's largest two-way loss with one of the sets restored, at the best scale and shift.
+
+        Args:
+            run: the student with edges closed; the student itself, unless given.
+        """
+        target = Attack(run or self.student, self.masks, kept, Calibration())
+        found = target.differences(self.sets.float(), self.prompts)
+        return max(target.loss(own).item() for own in found)
+
+    def gradient(self, kept: Bool[Tensor, " node"]) -> Float[Tensor, " node"]:
+        """Slope of the sets' summed losses along the nodes' gates; zero where a set holds the node."""
+        gates = kept.float().requires_grad_()
+        restored = torch.where(self.sets, 1.0, gates)
+        target = Attack(self.student, self.masks, torch.zeros_like(kept), Calibration())
+        found = target.differences(restored, self.prompts)
+        return gate_gradient(gates, found)
+
+
+class RestoredEdges:
+    """A circuit's edges on the whole student, while nodes outside the circuit work."""
+
+    def __init__(self, sets: RestoredSets, kept: Bool[Tensor, " node"], pairs: Pairs, goal: float):
+        """
+        Args:
+            kept: the circuit's nodes.
+            pairs: source and target of every edge that may be open.
+            goal: the loss of circuits alone that is as good as the limit here.
+        """
+        self.sets, self.kept = sets, kept
+        nodes = sets.masks.nodes(kept)
+        self.edges = StudentEdges(sets.student, nodes, pairs, sets.masks.means)
+        self.exchange = goal / sets.limit(kept, self.edges.run(torch.ones(len(pairs), device=kept.device)))
+
+    def loss(self, gates: Bool[Tensor, " edge"]) -> float:
+        """The largest loss with one of the sets restored, in terms of the goal."""
+        return self.exchange * self.sets.loss(self.kept, self.edges.run(gates.float()))
+
+    def difference(
+        self, gates: Float[Tensor, " edge"], prompts: TaskBatch, seed: int
+    ) -> Float[Tensor, " example"]:
+        """Logit differences, with other random nodes restored for every pair."""
+        nodes = restore_at_random(self.kept.float()[None], len(prompts) // 2, seed)
+        packed = pack(prompts, self.sets.student.config)
+        return packed.differences(self.edges.run(gates), GateTap(self.sets.masks)(nodes))[0]

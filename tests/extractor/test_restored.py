@@ -1,0 +1,68 @@
+"""Circuits that hold while random closed nodes work: identities, and a node that only such a search keeps."""
+
+import torch
+
+from extractor.adversary import node_index
+from extractor.masks import NodeMasks, mean_activations
+from extractor.prune import PruneConfig, extract_circuit
+from extractor.refine import RefineConfig
+from extractor.restored import RestoredConfig, RestoredSets, restore_at_random
+from extractor.sites import Node
+from extractor.student import Student
+from tests.extractor.test_adversary import PLANTED_NODES, treacherous_student
+from tests.extractor.test_circuits import planted_student, planted_task
+
+NEURON, GUARD = Node.parse("0.mlp.post_act:0"), Node.parse("0.mlp.post_act:2")  # alike; 1 undoes one of them
+CONFIG = PruneConfig(steps=80, pairs_per_step=16, refine=RefineConfig(enabled=True, steps=40))
+RESTORED = RestoredConfig(enabled=True, pairs_per_step=16, sets=8, pairs=16)
+
+
+def found_nodes(student: Student, restored: RestoredConfig) -> frozenset[Node]:
+    means = mean_activations(student, planted_task(64, 0).ids)
+    config = CONFIG.model_copy(update={"restored": restored})
+    return extract_circuit(student, "t", planted_task(64, 0), planted_task(32, 1), means, config, "sha").nodes
+
+
+def test_a_search_with_restored_nodes_keeps_what_guards_the_circuit() -> None:
+    assert len(found_nodes(treacherous_student(), RestoredConfig()) & {NEURON, GUARD}) == 1
+    assert found_nodes(treacherous_student(), RESTORED) == PLANTED_NODES | {GUARD}
+
+
+def test_where_nothing_touches_the_circuit_the_same_is_found() -> None:
+    assert found_nodes(planted_student(), RESTORED) == PLANTED_NODES
+
+
+def test_open_gates_stay_open_and_any_share_is_restored() -> None:
+    gates = torch.zeros(2, 1000)
+    gates[0, ::2] = 1
+    restored = restore_at_random(gates, 50, seed=0).unflatten(0, (2, 50))
+    assert (restored[0, :, ::2] == 1).all()
+    shares = restored[1].mean(1)
+    assert shares.min() < 0.1
+    assert shares.max() > 0.9
+    torch.testing.assert_close(restore_at_random(gates, 50, seed=0).unflatten(0, (2, 50)), restored)
+
+
+def test_the_whole_student_minds_no_restored_node() -> None:
+    student = treacherous_student()
+    means = mean_activations(student, planted_task(64, 0).ids)
+    masks = NodeMasks(means, [0])
+    sets = RestoredSets(student, masks, planted_task(32, 1), RESTORED)
+    everything = torch.ones_like(masks.part_of_node, dtype=torch.bool)
+    assert sets.loss(everything) < 0.01
+    assert not sets.gradient(everything)[sets.sets.all(0)].any()
+
+
+def test_opening_the_node_of_the_steepest_slope_helps_a_circuit_that_restored_nodes_harm() -> None:
+    student = treacherous_student()
+    means = mean_activations(student, planted_task(64, 0).ids)
+    masks = NodeMasks(means, [0])
+    sets = RestoredSets(student, masks, planted_task(32, 1), RESTORED)
+    kept = node_index(PLANTED_NODES, means)
+    harmed = sets.loss(kept)
+    assert sets.limit(kept) == harmed > RESTORED.max_loss
+    steepest = int(sets.gradient(kept).argmin())
+    assert node_index([GUARD], means)[steepest]
+    kept[steepest] = True
+    assert sets.loss(kept) < 0.01
+    assert sets.limit(kept) == RESTORED.max_loss
