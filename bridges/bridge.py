@@ -117,8 +117,8 @@ class BridgeSet(nn.Module):
         rms = self.centred(resid).square().mean(-1, keepdim=True).sqrt()
         return rms if self.reads_are_normed else torch.ones_like(rms)
 
-    def save_pretrained(self, folder: Path, **facts: object) -> None:
-        """`bridges.json` and `bridges.safetensors`; `facts` name both models."""
+    def save_pretrained(self, folder: Path, dtype: torch.dtype = torch.float32, **facts: object) -> None:
+        """`bridges.json` and `bridges.safetensors`, the maps in `dtype`; `facts` name both models."""
         first = next(iter(self.bridges.values()))
         header = {
             "schema_version": SCHEMA_VERSION,
@@ -130,7 +130,8 @@ class BridgeSet(nn.Module):
             "encoder_frac": self.encoder_frac,
             **facts,
         }
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        tensors = {name: buffer.cpu() for name, buffer in self.named_buffers()}
+        tensors |= {name: p.detach().to("cpu", dtype).contiguous() for name, p in self.named_parameters()}
 
         def write(target: Path) -> None:
             save_file(tensors, target / "bridges.safetensors", metadata={"format": "pt"})

@@ -223,7 +223,9 @@ def load_student(folder: Path, device: torch.device | str = "cpu") -> tuple[Stud
     if not (folder / "config.json").is_file():
         raise InputError(f"no student in '{folder}'; recipes/train.py writes it")
     try:
-        student = Student.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        student = Student.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"the student in '{folder}' cannot be read ({error})") from None
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -112,6 +112,8 @@ class TrainConfig(Config):
     """An Accelerate tracker beside metrics.jsonl; its package must be installed."""
     precision: Precision = "auto"
     """`auto`: bf16 autocast where the hardware is fast at it, else fp32. Weights stay fp32."""
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights are rounded to it before they are evaluated; bfloat16 halves the files."""
     dry_run: bool = False
     """Print what the run would need, from the checkpoint's config alone, and stop."""
     plan_from: Path | None = None
@@ -162,6 +164,9 @@ def main(config: TrainConfig) -> None:
     train_tokens = train_student(config, accelerator, coupled, train, num_steps)
     student, bridges = coupled.whole()
     student.set_activation_frac(config.student.activation_frac)
+    dtype = getattr(torch, config.save_dtype)
+    for parameter in (*student.parameters(), *bridges.parameters()):
+        parameter.data = parameter.data.to(dtype).float()  # what is evaluated is what is saved
     measure_energies_(dense, student, bridges, *train.sample(32))
     if accelerator.is_main_process:
         if is_sharded:  # evaluated by this process alone, so whole again
@@ -370,12 +375,14 @@ def save_results(
         "held_out_tokens": held_out.num_tokens,
     }
 
+    dtype = getattr(torch, config.save_dtype)
+
     def write(folder: Path) -> None:
-        student.save_pretrained(folder)
+        student.save_pretrained(folder, state_dict={k: v.to(dtype) for k, v in student.state_dict().items()})
         dense.tokenizer.save_pretrained(folder)
 
     replace_folder(config.run / "student", write)
-    bridges.save_pretrained(config.run / "bridges", dense_sha256=dense.sha256)
+    bridges.save_pretrained(config.run / "bridges", dtype, dense_sha256=dense.sha256)
     write_json(config.run / "evaluation.json", evaluation)
     remove_folder(config.run / "checkpoints")
 
