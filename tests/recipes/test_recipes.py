@@ -17,12 +17,16 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from bridges.checkpoint import DenseConfig
 from bridges.dense import DenseModel
+from bridges.evaluate import compare_on_text
 from bridges.replay import replay
 from bridges.report import write_report
+from bridges.run_models import run_text
 from bridges.verify import verify
 from extractor.artifacts import file_sha256
 from extractor.circuit import Circuit, edges_between
+from extractor.data import DataConfig
 from extractor.sites import Node
 from extractor.student import load_student
 from tests.conftest import ROOT
@@ -219,6 +223,25 @@ def test_view_at_density_one_is_exact_and_untrained(tiny_checkpoint, tmp_path, m
     assert evaluation["student"]["train_tokens"] == 0
     assert abs(evaluation["student"]["kl_dense"]) <= 1e-6
     assert max(abs(v) for row in evaluation["bridges"].values() for v in row.values()) < 1e-5
+
+
+def test_half_size_files_hold_what_was_evaluated(tiny_checkpoint, tmp_path, monkeypatch) -> None:
+    run = tmp_path / "half"
+    arguments = ["--dense.path", tiny_checkpoint, "--run", run, *TRAIN, "--save_dtype", "bfloat16"]
+    run_in_process(monkeypatch, "train", *arguments)
+    assert {w.dtype for w in load_file(run / "student" / "model.safetensors").values()} == {torch.bfloat16}
+    bridges = load_file(run / "bridges" / "bridges.safetensors")
+    kept = {name for name, tensor in bridges.items() if tensor.dtype == torch.float32}
+    assert kept == {"dense_energy", "sparse_energy"}  # measured, not learned
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    dense = DenseModel.from_pretrained(DenseConfig(path=str(tiny_checkpoint)))
+    text, limit = DataConfig(**config["data"]), config["max_train_tokens"]
+    _, held_out = run_text(text, dense, limit, config["eval_blocks"])
+    blocks = held_out.sample(config["eval_blocks"])
+    student = json.loads((run / "evaluation.json").read_text())["student"]
+    found = compare_on_text(dense, load_student(run / "student")[0], *blocks)
+    assert found["ce"] == pytest.approx(student["ce"], abs=1e-6)
+    assert found["kl_dense"] == pytest.approx(student["kl_dense"], abs=1e-6)
 
 
 def test_a_quantised_dense_model_is_trained_against_and_its_plain_self_copied(
