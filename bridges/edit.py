@@ -42,7 +42,9 @@ class EditLimits(Config):
     bridge_kl: float = Field(0.5, gt=0)
     """Largest KL to the dense model when it goes on from the decoded stream there, nats/token."""
     off_target_kl: float = Field(0.02, gt=0)
-    """Largest KL to the unedited model on held-out text, nats/token."""
+    """Largest KL to the unedited model on held-out text, nats/token; of an adapter, too."""
+    adapter_missed: float = Field(0.5, gt=0)
+    """Largest share of what an edit adds (its energy, on held-out prompts) that a fitted adapter may miss."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ The process gets token ids and writes logits; it imports nothing of ours (`pytho
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from bridges.dense import DenseModel
 from bridges.edit_adapter import base_path
@@ -27,7 +30,7 @@ SCRIPT = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-checkpoint, revision, adapter, merged, given, written = sys.argv[1:]
+checkpoint, revision, adapter, merged, exact, given, written = sys.argv[1:]
 ids = load_file(given)["ids"]
 load = {"dtype": torch.float32, "local_files_only": True, "revision": revision or None}
 model = AutoModelForCausalLM.from_pretrained(checkpoint, **load).eval()
@@ -45,6 +48,8 @@ with torch.no_grad():
         found["half"] = model(ids, use_cache=False).logits
     with model.disable_adapter():
         found["off"] = model(ids, use_cache=False).logits
+    if exact:
+        found["float64"] = model.double()(ids, use_cache=False).logits
 save_file({name: logits.contiguous() for name, logits in found.items()}, written)
 """
 
@@ -57,9 +62,11 @@ def compare_exports(
     Returns:
         `max_logit_difference` at strength 1 and `max_logit_difference_half` at one half, beside `max_logit`;
         `base_when_disabled`: switched off, the logits are the base's, bit for bit;
-        `max_logit_difference_merged` where there is a merged checkpoint.
+        `max_logit_difference_merged` where there is a merged checkpoint; `max_logit_difference_float64` of a
+        constant edit, which an adapter holds exactly: what is left of the difference without fp32's rounding.
     """
-    found = _fresh_logits(live.dense, adapter, merged, prompts.ids)
+    is_exact = live.edit.is_constant
+    found = _fresh_logits(live.dense, adapter, merged, prompts.ids, is_exact=is_exact)
     inside = prompts.inside.cpu()
     full, half = (_live_logits(live, prompts, strength) for strength in (1.0, HALF))
 
@@ -73,18 +80,33 @@ def compare_exports(
         "base_when_disabled": torch.equal(found["off"], found["plain"]),
         "compared_on_tokens": int(inside.sum()),
     }
-    return facts if merged is None else facts | {"max_logit_difference_merged": difference("merged", full)}
+    if merged is not None:
+        facts["max_logit_difference_merged"] = difference("merged", full)
+    if is_exact:
+        with _in_float64(live.dense.model):
+            facts["max_logit_difference_float64"] = difference("float64", _live_logits(live, prompts, 1.0))
+    return facts
 
 
 @torch.no_grad()
 def _live_logits(live: LiveEdit, prompts: Prompts, strength: float) -> Tensor:
     options = {"last": prompts.last, "counterfactual": prompts.counterfactual}
     with live.applied(strength=strength, **options) as model:
-        return model(prompts.ids, use_cache=False).logits.float().cpu()
+        return model(prompts.ids, use_cache=False).logits.cpu()
+
+
+@contextmanager
+def _in_float64(model: PreTrainedModel) -> Iterator[None]:
+    """The same fp32 weights, computed with in float64."""
+    model.double()
+    try:
+        yield
+    finally:
+        model.float()
 
 
 def _fresh_logits(
-    dense: DenseModel, adapter: Path, merged: Path | None, ids: Int[Tensor, "batch seq"]
+    dense: DenseModel, adapter: Path, merged: Path | None, ids: Int[Tensor, "batch seq"], *, is_exact: bool
 ) -> dict[str, Tensor]:
     """Logits of `SCRIPT`.
 
@@ -95,7 +117,8 @@ def _fresh_logits(
         given, written = Path(folder) / "given.safetensors", Path(folder) / "logits.safetensors"
         save_file({"ids": ids.cpu().contiguous()}, given)
         folders = (str(path.resolve()) if path else "" for path in (adapter, merged))
-        words = [base_path(dense), dense.facts.get("commit") or "", *folders, str(given), str(written)]
+        words = [base_path(dense), dense.facts.get("commit") or "", *folders, "exact" if is_exact else ""]
+        words += [str(given), str(written)]
         done = subprocess.run(
             [sys.executable, "-I", "-c", SCRIPT, *words],
             capture_output=True,

@@ -110,6 +110,17 @@ class HeldOutText:
         )
 
     @torch.no_grad()
+    def kl_to(self, other: DenseModel) -> Float[Tensor, " block"]:
+        """KL(unedited || other) of another model with the same tokens, nats/token of every block."""
+        found = []
+        for rows in self._parts():
+            ids, at = self._rows(rows)
+            own = log_probs(other.run(ids, record=False, position_ids=at).logits)
+            kl = F.kl_div(own, self._reference(rows), reduction="none", log_target=True)
+            found.append(kl.sum(-1).mean(1))
+        return torch.cat(found)
+
+    @torch.no_grad()
     def _unedited(self) -> Float[Tensor, "block token"]:
         """Each next token's loss; keeps the log-probabilities if they are few."""
         keeps = self.blocks.numel() * self.dense.config.vocab_size <= KEPT_VALUES

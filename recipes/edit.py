@@ -21,11 +21,13 @@ import torch
 from pydantic import Field
 from tqdm.auto import tqdm
 
+from bridges.adapter_effect import adapter_effect, settle, unmet_by_adapter
 from bridges.alternatives import AlternativesConfig, compare_alternatives, plot_alternatives
 from bridges.audit import EditAuditConfig, audit_edit
 from bridges.checkpoint import DenseConfig
 from bridges.choose import EditConfig, grow_edits, growth_facts, measure_edit, pick_edit
 from bridges.crossing import Source
+from bridges.dense import DenseModel
 from bridges.edit import Edit, EditLimits, add_facts, unmet_limits
 from bridges.edit_adapter import export_adapter, export_merged
 from bridges.edit_table import edit_table
@@ -45,7 +47,11 @@ from extractor.tasks import TaskBatch
 
 
 class ShipConfig(Config):
-    """In which forms others get the edits, besides edit.json."""
+    """In which forms others get the edits, besides edit.json.
+
+    An adapter is loaded again and measured by itself; one that does not meet `limits` is not kept, unless
+    `force`, and edit.json says why.
+    """
 
     adapter: bool = False
     """A PEFT adapter fitted on the training prompts, and on the other tasks' as text to leave alone."""
@@ -199,17 +205,24 @@ def ship(
         if other is not circuit
     ]
     prompts = Prompts.of_task(held_out, live)
+    adapter, merged = folder / "adapter", folder / "merged" if config.merged else None
     facts = export_adapter(
         live,
-        folder / "adapter",
+        adapter,
         fit_on=[Prompts.of_task(train, live), *(Prompts(other.ids, other.last) for other in others)],
         held_out=[prompts],
         rank=config.rank,
     )
-    merged = folder / "merged" if config.merged else None
+    loaded = bench.config.dense.model_copy(update={"adapter": str(adapter)})
+    adapted = DenseModel.from_pretrained(loaded, device=models.dense.device, plain=True)
+    facts |= adapter_effect(live, adapted, held_out, bench.text, seed=bench.config.seed)
+    unmet = unmet_by_adapter(facts, bench.config.limits)
+    facts = settle(adapter, facts, unmet, force=bench.config.force)
+    if "refused" in facts:
+        return {"adapter": facts}
     if merged is not None:
-        export_merged(live, folder / "adapter", merged)
-    return {"adapter": facts | compare_exports(live, folder / "adapter", prompts, merged)}
+        export_merged(live, adapter, merged)
+    return {"adapter": facts | compare_exports(live, adapter, prompts, merged)}
 
 
 def describe(task: str, edit: Edit, found: dict[str, Any], seconds: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bridges.adapter_effect import settle, unmet_by_fit
 from bridges.choose import PromptStreams
 from bridges.edit import Edit, EditLimits, refuse, unmet_limits
 from bridges.edit_adapter import export_adapter
@@ -130,6 +131,8 @@ class EditBench:
             held_out=[Prompts.of_task(models.prompts(circuit, "held_out", HELD_OUT_PAIRS), live)],
             rank=RANK,
         )
+        facts = settle(folder, facts, unmet_by_fit(facts, limits), force=force)
+        refuse(facts.get("refused", ()), f"adapter '{folder.name}'", force)
         return {"off_target": off_target, **facts}
 
     def _refusals(self, edit: Edit, limits: EditLimits, off_target: dict[str, Any]) -> tuple[str, ...]:

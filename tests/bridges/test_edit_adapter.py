@@ -116,6 +116,8 @@ def test_a_fresh_process_sees_the_live_edit(tiny_checkpoint, tmp_path) -> None:
     assert found["compared_on_tokens"] == 57
     for name in ("max_logit_difference", "max_logit_difference_half", "max_logit_difference_merged"):
         assert found[name] <= 1e-5 * found["max_logit"]
+    assert found["max_logit_difference_float64"] <= 1e-12  # what is left is fp32's rounding
+    assert {p.dtype for p in dense.model.parameters()} == {torch.float32}
     base = dense.facts["path"]
     dense.facts["path"] = str(tmp_path)
     with pytest.raises(InputError, match="cannot be loaded by transformers and PEFT: "):

@@ -416,6 +416,10 @@ def test_an_exported_adapter_moves_the_dense_models_answer(desk, run, tiny_check
 
 
 def test_an_edit_within_its_limits_is_exported_without_force(desk, run) -> None:
+    with pytest.raises(InputError, match="misses .* of what the edit adds at 0.resid_mid, the limit is 50%"):
+        desk.export(request_of(desk, strength=0.05), "small")
+    assert not (run / "adapters" / "small").exists()
+    desk.edits["with_as"]["limits"]["adapter_missed"] = 1.0
     facts = desk.export(request_of(desk, strength=0.05), "small")
     assert facts["kind"] == "fitted"
     assert facts["forced"] == []

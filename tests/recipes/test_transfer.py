@@ -68,8 +68,32 @@ def test_an_edit_ships_as_adapter_and_is_compared(run: Path, tiny_checkpoint, mo
     folder = run / "edits" / "with_as"
     edit = json.loads((folder / "edit.json").read_text())
     assert edit["adapter"]["base_when_disabled"] is True
+    assert 0 <= edit["adapter"]["flip_rate"] <= 1
+    assert edit["adapter"]["off_target_kl"] >= 0
     assert (folder / "adapter" / "adapter_config.json").is_file()
     assert (folder / "merged" / "model.safetensors").is_file()
     assert set(edit["alternatives"]["methods"]) >= {"edit", "difference of means", "LoRA"}
     assert len(edit["growth"][0]["flip_rate_indirect"]["1"]) == len(edit["growth"][0]["nodes"])
     assert "| `with_as` |" in (run / "edits.md").read_text()
+
+
+def test_an_adapter_that_misses_what_the_edit_adds_is_not_kept(
+    run: Path, tiny_checkpoint, monkeypatch
+) -> None:
+    lenient = ["bridge_nmse", "bridge_kl", "off_target_kl"]
+    options = [word for name in lenient for word in (f"--limits.{name}", "1e9")]
+    options += ["--tasks", "[with_as]", "--ship.adapter", "true", "--ship.rank", "1"]
+    folder = run / "edits" / "with_as"
+
+    def ship(limit: str) -> dict:
+        own = [*options, "--limits.adapter_missed", limit, "--run", run, "--dense.path", tiny_checkpoint]
+        run_in_process(monkeypatch, "edit", *EDIT, *own)
+        return json.loads((folder / "edit.json").read_text())["adapter"]
+
+    found = ship("1e-9")
+    assert "misses" in found["refused"][0]
+    assert "the limit is 0%" in found["refused"][0]
+    assert not (folder / "adapter").exists()
+    found = ship("1e9")
+    assert "refused" not in found
+    assert (folder / "adapter").is_dir()
