@@ -4,7 +4,7 @@ A closed weight carries its source's mean, in the bias, as in `extractor.edges`;
 matrices, so that nodes outside the circuit can be ablated otherwise, or restored.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
 
+from extractor.compact import CompactStudent
 from extractor.edges import matrices
 from extractor.masks import Means, live_channels
 from extractor.packed import Run
@@ -50,7 +51,7 @@ class StudentEdges:
 
     @torch.no_grad()
     def __init__(self, student: Student, nodes: Collection[Node], pairs: Pairs, means: Means):
-        self.student = student
+        self.student, self.means = student, means
         index = {pair: number for number, pair in enumerate(pairs)}
         live = live_channels(nodes)
         self.blocks = []
@@ -88,6 +89,19 @@ class StudentEdges:
             return functional_call(self.student, replaced, args, kwargs)
 
         return run
+
+    @torch.no_grad()
+    def compact(self, gates: Float[Tensor, " edge"], live: Mapping[str, Tensor]) -> CompactStudent:
+        """The same student with only these channels computed, exactly."""
+        replaced = self.parameters(gates)
+        own = {name: self.student.get_parameter(name).data for name in replaced}
+        try:
+            for name, value in replaced.items():
+                self.student.get_parameter(name).data = value
+            return CompactStudent(self.student, live, self.means)
+        finally:
+            for name, value in own.items():
+                self.student.get_parameter(name).data = value
 
 
 def _columns(student: Student, source: str, live: Tensor) -> tuple[Int[Tensor, " column"], Tensor]:

@@ -7,7 +7,7 @@
 All on the selection prompts and towards the same goal as the search before, never on held-out prompts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,22 +46,34 @@ class RefineConfig(Config):
 
 LossesOf = Callable[[Bool[Tensor, "set part"]], list[float]]
 GradientOf = Callable[[Bool[Tensor, " part"]], Float[Tensor, " part"]]
+Holds = Callable[[Bool[Tensor, " part"]], bool]
 
 
 def drop_spare(
-    kept: Bool[Tensor, " part"], losses_of: LossesOf, gradient_of: GradientOf, goal: float
+    kept: Bool[Tensor, " part"],
+    losses_of: LossesOf,
+    gradient_of: GradientOf,
+    goal: float,
+    holds: Holds | None = None,
 ) -> Bool[Tensor, " part"]:
-    """Drop parts as long as the loss stays at the goal.
+    """Drop parts as long as the loss stays at the goal, and what is asked besides holds.
 
     First many at once, those of least first-order effect (minus the slope along their gate); then one by
-    one, in the order of what the loss is without each. Every part left was needed when it was tried.
+    one, in the order of what the loss is without each. Every part left was needed when it was tried. What
+    `holds` then misses is put back: it costs more to ask, and is asked by bisection of that order.
     """
+    first, order = kept, []
     kept = kept.clone()
+
+    def drop(parts: Tensor) -> None:
+        kept[parts] = False
+        order.extend(parts.tolist())
+
     while (count := int(kept.sum())) > 1:
         effect = -gradient_of(kept)
-        order = torch.argsort(effect.masked_fill(~kept, torch.inf), stable=True)
-        dropped = _longest_prefix(kept, order[: count - 1], losses_of, goal)
-        kept[order[:dropped]] = False
+        ranked = torch.argsort(effect.masked_fill(~kept, torch.inf), stable=True)
+        dropped = _longest_prefix(kept, ranked[: count - 1], losses_of, goal)
+        drop(ranked[:dropped])
         if dropped <= count // FEW:
             break
     candidates = kept.nonzero()[:, 0]
@@ -71,8 +83,29 @@ def drop_spare(
         if not len(candidates):
             break
         dropped = max(1, _longest_prefix(kept, candidates, losses_of, goal))
-        kept[candidates[:dropped]] = False
+        drop(candidates[:dropped])
         candidates = candidates[dropped:]
+    return kept if holds is None else _dropped_in_order(first, order, holds)
+
+
+def _dropped_in_order(
+    kept: Bool[Tensor, " part"], order: Sequence[int], holds: Holds
+) -> Bool[Tensor, " part"]:
+    """Without the parts in `order`, but for those without which it does not hold when their turn comes."""
+
+    def without(parts: Sequence[int]) -> Tensor:
+        fewer = kept.clone()
+        fewer[list(parts)] = False
+        return fewer
+
+    while order:
+        if holds(without(order)):
+            return without(order)
+        low, high = 0, len(order)  # so many can go, and so many cannot
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if holds(without(order[:middle])) else (low, middle)
+        kept, order = without(order[:low]), order[high:]
     return kept
 
 
@@ -111,17 +144,15 @@ def drop_spare_nodes(
 ) -> Bool[Tensor, " node"]:
     """The parts that are needed, of those that reach the goal; with `restored`, also while its sets work."""
     sizes = Sizes(student, masks, masks.of_nodes(kept), bank)
-    exchange = goal / restored.limit(masks.of_nodes(kept)) if restored else 0.0
+    everything, limit = sizes, restored.limit(masks.of_nodes(kept)) if restored else 0.0
 
     def losses_of(sets: Tensor) -> list[float]:
-        nodes = masks.of_nodes(sets)
-        losses = [loss for loss, _ in sizes.losses(nodes, prompts)]
-        if restored is None:
-            return losses
-        return [
-            max(loss, exchange * restored.loss(own)) if loss <= goal else loss
-            for loss, own in zip(losses, nodes, strict=True)
-        ]
+        return [loss for loss, _ in sizes.losses(masks.of_nodes(sets), prompts)]
+
+    def holds(parts: Tensor) -> bool:
+        nodes = masks.of_nodes(parts)
+        ((loss, _),) = everything.losses(nodes[None], prompts)
+        return loss <= goal and restored.holds(nodes, limit)
 
     def gradient_of(parts: Tensor) -> Tensor:
         nonlocal sizes
@@ -130,10 +161,11 @@ def drop_spare_nodes(
             sizes = Sizes(student, masks, live)
         of_nodes = sizes.gradient(live, prompts)
         if restored is not None:
-            of_nodes = of_nodes + exchange * restored.gradient(live)
+            of_nodes = of_nodes + goal / limit * restored.gradient(live)
         return torch.zeros_like(masks.tau[0]).index_add(0, masks.part_of_node, of_nodes)
 
-    return masks.of_nodes(drop_spare(kept, losses_of, gradient_of, goal))
+    kept = drop_spare(kept, losses_of, gradient_of, goal, holds if restored else None)
+    return masks.of_nodes(kept)
 
 
 Draw = Callable[[int, int], tuple[TaskBatch, Float[Tensor, " example"]]]
@@ -155,7 +187,7 @@ def find_edges(
         restored: sets of nodes, and the circuit's own: what is needed while those work is kept, too.
     """
     edges = EdgeGates(model, means)
-    others = RestoredEdges(*restored, edges.pairs, goal) if restored and len(edges) else None
+    others = RestoredEdges(*restored, edges.pairs) if restored and len(edges) else None
 
     chunks = Chunks(selection, model.config)
 
@@ -167,13 +199,10 @@ def find_edges(
         return calibrated_losses(differences(sets.float()))
 
     def losses_of(sets: Tensor) -> list[float]:
-        losses = [loss for loss, _ in measure(sets)]
-        if others is None:
-            return losses
-        return [
-            max(loss, others.loss(own)) if loss <= goal else loss
-            for loss, own in zip(losses, sets, strict=True)
-        ]
+        return [loss for loss, _ in measure(sets)]
+
+    def holds(kept: Tensor) -> bool:
+        return losses_of(kept[None])[0] <= goal and others.hold(kept)
 
     def gradient_of(kept: Tensor) -> Tensor:
         gates = kept.float()[None].requires_grad_()
@@ -185,9 +214,9 @@ def find_edges(
         return edges.pairs, calibration
     tau = learn_edges(edges, draw, config, pairs_per_step, others)
     kept = tau > 0
-    if losses_of(kept[None])[0] > goal:
+    if losses_of(kept[None])[0] > goal or (others is not None and not others.hold(kept)):
         kept = everything
-    kept = drop_spare(kept, losses_of, gradient_of, goal)
+    kept = drop_spare(kept, losses_of, gradient_of, goal, None if others is None else holds)
     pairs = [pair for pair, is_kept in zip(edges.pairs, kept.tolist(), strict=True) if is_kept]
     return pairs, measure(kept[None])[0][1]
 

@@ -6,6 +6,9 @@ nodes are restored at random in the search, too. (Stochastic masks between a cir
 as in parameter decomposition, Bushnaq et al. 2025.)
 """
 
+import functools
+from collections.abc import Callable, Mapping
+
 import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
@@ -14,13 +17,15 @@ from torch import Tensor
 from extractor.adversary import Attack, random_set, spread
 from extractor.circuit import Calibration
 from extractor.closed_edges import Pairs, StudentEdges
+from extractor.compact import CompactStudent
 from extractor.config import Config
 from extractor.masks import GateTap, NodeMasks
-from extractor.packed import Chunks, Run, pack
-from extractor.smallest import gate_gradient
+from extractor.packed import Chunks, pack
+from extractor.smallest import calibrated_losses, gate_gradient
 from extractor.student import Student
-from extractor.tasks import TaskBatch
+from extractor.tasks import TaskBatch, two_way_loss
 
+Fold = Callable[[Mapping[str, Tensor]], CompactStudent]  # of the channels kept
 SHARES = (0.01, 0.1, 0.3, 0.6)  # of the closed nodes
 
 
@@ -60,21 +65,35 @@ class RestoredSets:
         generator = torch.Generator().manual_seed(0)
         sizes = [max(1, round(share * len(everything))) for share in SHARES for _ in range(config.sets)]
         self.sets = torch.stack([random_set(everything, size, generator) for size in sizes])
+        self._failed = 0
 
-    def limit(self, kept: Bool[Tensor, " node"], run: Run | None = None) -> float:
+    def limit(self, kept: Bool[Tensor, " node"], fold: Fold | None = None) -> float:
         """What a smaller circuit than this may reach: `max_loss`, or what this one itself does."""
-        return max(self.config.max_loss, self.loss(kept, run))
+        return max(self.config.max_loss, self.loss(kept, fold))
 
-    @torch.no_grad()
-    def loss(self, kept: Bool[Tensor, " node"], run: Run | None = None) -> float:
+    def loss(self, kept: Bool[Tensor, " node"], fold: Fold | None = None) -> float:
         """The circuit's largest two-way loss with one of the sets restored, at the best scale and shift.
 
         Args:
-            run: the student with edges closed; the student itself, unless given.
+            fold: makes the compact student of these channels; of the student as it is, unless given.
         """
-        target = Attack(run or self.student, self.masks, kept, Calibration())
-        found = target.differences(self.sets.float(), self.prompts)
-        return max(target.loss(own).item() for own in found)
+        return max(self._loss(kept, number, fold) for number in range(len(self.sets)))
+
+    def holds(self, kept: Bool[Tensor, " node"], limit: float, fold: Fold | None = None) -> bool:
+        """No set's loss is above the limit. The set that failed last is tried first."""
+        for number in sorted(range(len(self.sets)), key=lambda own: own != self._failed):
+            if self._loss(kept, number, fold) > limit:
+                self._failed = number
+                return False
+        return True
+
+    @torch.no_grad()
+    def _loss(self, kept: Bool[Tensor, " node"], number: int, fold: Fold | None) -> float:
+        live = self.masks.live(kept | self.sets[number])
+        model = CompactStudent(self.student, live, self.masks.means) if fold is None else fold(live)
+        (found,) = self.prompts.differences(model)
+        ((loss, _),) = calibrated_losses(found[None])
+        return min(loss, two_way_loss(found).item())
 
     def gradient(self, kept: Bool[Tensor, " node"]) -> Float[Tensor, " node"]:
         """Slope of the sets' summed losses along the nodes' gates; zero where a set holds the node."""
@@ -88,21 +107,23 @@ class RestoredSets:
 class RestoredEdges:
     """A circuit's edges on the whole student, while nodes outside the circuit work."""
 
-    def __init__(self, sets: RestoredSets, kept: Bool[Tensor, " node"], pairs: Pairs, goal: float):
+    def __init__(self, sets: RestoredSets, kept: Bool[Tensor, " node"], pairs: Pairs):
         """
         Args:
             kept: the circuit's nodes.
             pairs: source and target of every edge that may be open.
-            goal: the loss of circuits alone that is as good as the limit here.
         """
         self.sets, self.kept = sets, kept
         nodes = sets.masks.nodes(kept)
         self.edges = StudentEdges(sets.student, nodes, pairs, sets.masks.means)
-        self.exchange = goal / sets.limit(kept, self.edges.run(torch.ones(len(pairs), device=kept.device)))
+        self.limit = sets.limit(kept, self._folded(torch.ones(len(pairs), device=kept.device)))
 
-    def loss(self, gates: Bool[Tensor, " edge"]) -> float:
-        """The largest loss with one of the sets restored, in terms of the goal."""
-        return self.exchange * self.sets.loss(self.kept, self.edges.run(gates.float()))
+    def hold(self, gates: Bool[Tensor, " edge"]) -> bool:
+        """With none of the sets restored the loss is above the limit."""
+        return self.sets.holds(self.kept, self.limit, self._folded(gates.float()))
+
+    def _folded(self, gates: Float[Tensor, " edge"]) -> Fold:
+        return functools.partial(self.edges.compact, gates)
 
     def difference(
         self, gates: Float[Tensor, " edge"], prompts: TaskBatch, seed: int
