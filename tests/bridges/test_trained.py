@@ -1,4 +1,4 @@
-"""The student and bridges that ship are those that their evaluation describes, and belong to the dense model."""
+"""The student and bridges that ship are those of their evaluation, and belong to the dense model."""
 
 import json
 
