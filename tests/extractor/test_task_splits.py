@@ -27,7 +27,7 @@ def test_no_template_is_in_two_splits_or_twice_in_one(name: str) -> None:
         assert not set(shapes[one]) & set(shapes[other])
     for split in SPLITS:
         assert len(set(spec.templates(split))) == len(spec.templates(split))
-    assert [len(shapes[split]) for split in SPLITS] == [6, 4, 4]
+    assert all(len(shapes[split]) >= least for split, least in zip(SPLITS, (6, 4, 4), strict=True))
 
 
 @pytest.mark.parametrize("name", TASKS)
