@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -72,7 +73,7 @@ class SkyPilotOptions(Config):
     """Storage with home and runs, mounted at home's path."""
 
 
-class _Engine:
+class _Engine(ABC):
     """What both share: the job's files, the engine's id among them, and the command that runs it."""
 
     name: str
@@ -133,17 +134,17 @@ class _Engine:
             raise InputError(f"job '{job.id}' was handed to {value.get('engine')}, not to {self.name}")
         return str(value["engine_id"])
 
-    def render(self, job: Job) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def render(self, job: Job) -> str: ...
 
-    def send(self, job: Job, script: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def send(self, job: Job, script: str) -> str: ...
 
-    def ask(self, engine_id: str) -> tuple[State, str]:
-        raise NotImplementedError
+    @abstractmethod
+    def ask(self, engine_id: str) -> tuple[State, str]: ...
 
-    def remove(self, engine_id: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def remove(self, engine_id: str) -> None: ...
 
 
 class SlurmRunner(_Engine):
