@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from extractor.cache_name import cache_of
 from extractor.sites import Site
 
 
@@ -21,7 +22,7 @@ class PositionsSeen:
         self.count = 0
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         self.count = cache.get_seq_length() if cache is not None else 0
 
     def part_of(self, delta: Tensor, resid: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from bridges.crossing import Crossing
 from bridges.dense import DenseModel
 from bridges.edit import Edit
 from bridges.hooks import add_to_input, add_to_output, hooked
+from extractor.cache_name import CACHE_NAME
 from extractor.errors import InputError, UsageError
 from extractor.intervention import Counterfactual, Intervention, InterventionTap
 from extractor.positions import PromptPositions
@@ -184,7 +185,7 @@ class _Forward:
                 "prompt, and use source bridge where a cache is cropped or reordered"
             )
         recorder = Recorder(*self.addresses, *map(str, self.edit.sites))
-        options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        options = {CACHE_NAME: cache, "use_cache": True, "logits_to_keep": 1}
         self.live.student(ids, tap=compose(tap, recorder), **options, **inputs)
         return recorder.activations
 

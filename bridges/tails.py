@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from bridges.dense import DenseModel
 from bridges.hooks import hooked
+from extractor.cache_name import CACHE_NAME, cache_of
 from extractor.sites import Site
 from extractor.tasks import TaskBatch
 
@@ -45,7 +46,7 @@ class PromptTails:
         self.columns = column.clamp(max=batch.ids.shape[1] - 1)  # what follows a prompt's end cannot reach it
         self.prefix: DynamicCache | None = None
         if int(self.start.max()) > 0:
-            self._keep_prefix(run.past_key_values)
+            self._keep_prefix(cache_of(run))
 
     def differences(
         self, site: Site, delta: Float[Tensor, "example seq d_dense"]
@@ -106,8 +107,8 @@ class PromptTails:
                 inputs_embeds=resid,
                 attention_mask=mask.long(),
                 position_ids=position_ids.clamp(max=self.batch.ids.shape[1] - 1),
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE_NAME: cache},
             ).logits
 
     @contextmanager

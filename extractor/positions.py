@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from extractor.cache_name import cache_of
 from extractor.errors import InputError
 
 Positions = Literal["all", "last", "from_last"]
@@ -37,7 +38,7 @@ class PromptPositions:
             tokens = kwargs.get("inputs_embeds")
         if tokens is None:
             raise InputError("a forward under an intervention needs input_ids")
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         self.start = cache.get_seq_length() if cache is not None else 0
         self.length = tokens.shape[1]
         self.is_new_prompt = self.start == 0 and not self._continues(tokens)

@@ -37,6 +37,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXRotaryEmbedding,  # the one that knows partial rotary and every scaling of transformers
 )
 
+from extractor.cache_name import CACHE_NAME
 from extractor.errors import InputError
 from extractor.layers import GainNorm, LayerContext, StudentAttention, StudentLayer, StudentMLP
 from extractor.sites import Site, Tap, no_tap, sites
@@ -99,6 +100,7 @@ class Student(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         *,
         tap: Tap = no_tap,
         start: Site | None = None,
@@ -113,18 +115,18 @@ class Student(PreTrainedModel, GenerationMixin):
             logits_to_keep: only the last so many positions (0: all); these positions; or, (batch, kept),
                 these positions of every row.
             use_cache: off unless asked for (`generate` asks); taps run on whole prompts.
+            cache, past_key_values: two names of one argument, see `extractor/cache_name.py`.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
             tokens = input_ids if resid is None else resid
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None] + seen
         if resid is None:
             resid = self._embed(input_ids, position_ids)
-        contexts = layer_contexts(
-            self.config, self.rotary, resid, attention_mask, position_ids, past_key_values
-        )
+        contexts = layer_contexts(self.config, self.rotary, resid, attention_mask, position_ids, cache)
         first = start or Site(0, "resid_pre")
         for layer in self.layers[first.layer :]:
             skip_attention = layer.layer == first.layer and first.stream == "resid_mid"
@@ -140,7 +142,7 @@ class Student(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> Float[Tensor, "batch seq d_sparse"]:
         tokens = self.embed_tokens(input_ids)
@@ -192,8 +194,8 @@ def layer_contexts(
             config=config,
             inputs_embeds=resid,
             attention_mask=attention_mask,
-            past_key_values=cache,
             position_ids=position_ids,
+            **{CACHE_NAME: cache},
         )
         ropes[kind] = rotary[kind](resid, position_ids) if kind in rotary else None
     return [

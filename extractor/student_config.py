@@ -10,7 +10,7 @@ class StudentConfig(PreTrainedConfig):
     """Shape and options of a student; field names are transformers' own where one exists."""
 
     model_type = "sparsebridge_student"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 2048
     hidden_size: int = 256

@@ -10,6 +10,7 @@ from bridges.edit import Edit, Hashes
 from bridges.evaluate import measure_energies_
 from bridges.live import LiveEdit
 from bridges.warm_start import StudentShape, make_student
+from extractor.cache_name import CACHE_NAME, cache_of
 from extractor.errors import InputError
 from extractor.intervention import Condition, Intervention, ablate, clamp, patch, steer
 from extractor.rotation import RotationConfig
@@ -246,7 +247,7 @@ def test_generation_is_the_same_with_and_without_the_cache_and_with_left_padding
             cache = model(ids[:, :6], use_cache=True)
             steps = [cache.logits]
             for i in range(6, 9):
-                steps.append(model(ids[:, i : i + 1], past_key_values=cache.past_key_values).logits)
+                steps.append(model(ids[:, i : i + 1], **{CACHE_NAME: cache_of(cache)}).logits)
         assert torch.equal(cached, whole), name
         assert torch.equal(cached[:1, 9:], alone[:, short:]), name
         expected = live_logits(live, ids, last=torch.full((3,), 5))
@@ -257,9 +258,9 @@ def test_generation_is_the_same_with_and_without_the_cache_and_with_left_padding
 def test_a_cache_that_the_student_has_not_read_is_refused(dense, pair, tokens) -> None:
     student, bridges = pair
     live = LiveEdit(Edit.from_intervention(neurons(), student, bridges), dense, student)
-    cache = dense.model(tokens, use_cache=True).past_key_values
+    cache = cache_of(dense.model(tokens, use_cache=True))
     with live.applied() as model, pytest.raises(InputError, match="has not read the tokens"):
-        model(tokens[:, :1], past_key_values=cache)
+        model(tokens[:, :1], **{CACHE_NAME: cache})
 
 
 # --- quantised models --------------------------------------------------------------------------------------

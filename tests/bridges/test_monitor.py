@@ -12,6 +12,7 @@ from bridges.monitor import Monitor, MonitorConfig, MonitorHashes, conformal_thr
 from bridges.monitor_quality import measure_monitor, preceded_by_text
 from bridges.readout import auroc, auroc_influence, difference_of_means, last_streams, logistic_probe
 from bridges.warm_start import StudentShape, make_student
+from extractor.cache_name import CACHE_NAME, cache_of
 from extractor.circuit import Circuit
 from extractor.errors import InputError
 from extractor.rotation import RotationConfig
@@ -188,9 +189,9 @@ def test_padding_raises_no_alarm(dense, monitor) -> None:
 
 def test_a_cache_from_before_is_refused(dense, monitor) -> None:
     ids = pairs(7).ids
-    cache = dense.model(ids[:, :6], use_cache=True).past_key_values
+    cache = cache_of(dense.model(ids[:, :6], use_cache=True))
     with pytest.raises(InputError, match="before the prompt"), monitor.watching():
-        dense.model(ids[:, 6:], past_key_values=cache)
+        dense.model(ids[:, 6:], **{CACHE_NAME: cache})
 
 
 # --- the threshold -----------------------------------------------------------------------------------------

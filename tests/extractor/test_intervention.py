@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from extractor.cache_name import CACHE_NAME, cache_of
 from extractor.errors import InputError, UsageError
 from extractor.intervention import Change, Condition, Intervention, ablate, clamp, patch, steer
 from extractor.masks import mean_activations
@@ -162,7 +163,8 @@ def test_cached_steps_give_the_logits_of_the_whole_prompt(student, tokens, name)
             first = student(tokens[:, :prompt], use_cache=True)
             steps = [first.logits]
             for i in range(prompt, 12):
-                steps.append(student(tokens[:, i : i + 1], past_key_values=first.past_key_values).logits)
+                cache = {CACHE_NAME: cache_of(first)}
+                steps.append(student(tokens[:, i : i + 1], **cache).logits)
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from extractor.cache_name import CACHE_NAME, cache_of
 from extractor.sites import NODE_KINDS, Node, Recorder, Site, node_addresses
 from extractor.student import Student
 from tests.conftest import tiny_student_config
@@ -62,6 +63,19 @@ def test_generation_with_cache_equals_without(model: Student, tokens: torch.Tens
     assert torch.equal(
         model.generate(tokens, **settings), model.generate(tokens, use_cache=False, **settings)
     )
+
+
+def test_the_cache_has_the_name_of_the_installed_transformers_and_the_old_one(
+    model: Student, tokens: torch.Tensor
+) -> None:
+    whole = model(tokens).logits[:, 7:]
+    for name in {CACHE_NAME, "past_key_values"}:
+        first = model(tokens[:, :7], use_cache=True)
+        assert first[CACHE_NAME] is cache_of(first)
+        rest = model(tokens[:, 7:], **{name: cache_of(first)})
+        torch.testing.assert_close(rest.logits, whole, atol=1e-5, rtol=1e-5)
+        assert cache_of({name: cache_of(rest)}).get_seq_length() == tokens.shape[1]
+    assert cache_of({}) is None
 
 
 def test_generation_runs_through_the_tap(student: Student, tokens: torch.Tensor) -> None:
