@@ -112,7 +112,8 @@ def _find_cut(projection: Projection, least: int) -> _Cut | None:
     """None: equal values at the cut, of which only some can be kept."""
     bits, k, axis = integers(projection.weight), projection.k, projection.axis
     sizes = bits & np.iinfo(bits.dtype).max
-    ordered = sizes.flatten()
+    # Without a floor nothing reads the sizes again.
+    ordered = sizes.reshape(-1) if axis is None else sizes.flatten()
     ordered.partition(ordered.size - k)
     below, above = np.split(ordered, [ordered.size - k])
     threshold = above[0]

@@ -213,6 +213,22 @@ def test_projections_equal_the_definition(
 
 
 @pytest.mark.parametrize("forbidden", [pytest.param("", marks=needs_numba), "1"], ids=["numba", "numpy"])
+def test_a_sample_that_misleads_costs_time_and_nothing_else(
+    forbidden: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entries that a first cut is guessed from are the largest, or the smallest, of all."""
+    monkeypatch.setenv("SPARSEBRIDGE_NO_NUMBA", forbidden)
+    for size, stride in ((1 << 18, 64), (1 << 18, 32), (1 << 16, 16)):
+        for factor in (1e3, 1e-3, 0):
+            weight = torch.randn(size, generator=torch.Generator().manual_seed(0))
+            weight[::stride] *= factor
+            projection = Projection(weight, size // 16, None)
+            expected = expected_weight(projection, 0)
+            project_([projection], 0)
+            assert torch.equal(weight, expected), (size, stride, factor)
+
+
+@pytest.mark.parametrize("forbidden", [pytest.param("", marks=needs_numba), "1"], ids=["numba", "numpy"])
 def test_a_nan_is_a_largest_weight(forbidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSEBRIDGE_NO_NUMBA", forbidden)
     monkeypatch.setattr(selection, "COMPILED_FROM", 0)
