@@ -6,7 +6,8 @@ same residual channel are joined by the stream itself, which has no weight.
 """
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -14,15 +15,16 @@ from typing import NamedTuple
 import networkx as nx
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from extractor.artifacts import SCHEMA_VERSION, read_json, write_json
 from extractor.circuit_graph import Comparison, compare, to_networkx
+from extractor.closed_edges import StudentEdges
 from extractor.compact import CompactStudent
 from extractor.edges import EdgeGates
 from extractor.errors import InputError
 from extractor.masks import Frozen, Means, ablation_tap, live_channels
-from extractor.sites import Node, Tap
+from extractor.sites import Node, Tap, compose, no_tap
 from extractor.student import Student
 
 
@@ -75,11 +77,33 @@ class Circuit:
         return [(edge.source, edge.target) for edge in self.edges]
 
     def tap(self, frozen: Frozen, *, complement: bool = False) -> Tap:
-        """The student as this circuit only; with `complement`, as everything but the circuit.
+        """The student as this circuit's nodes only; with `complement`, as everything but the circuit.
 
         Whatever is outside carries what `frozen` holds: its mean, zero, or activations drawn from text.
+        A tap sees activations: all weights between the nodes work. Where edges were learned (fewer than
+        those weights), the circuit is `applied` or `compact`.
         """
         return keep_nodes(self.nodes, frozen, complement=complement)
+
+    @contextmanager
+    def applied(self, student: Student, means: Means) -> Iterator[Student]:
+        """The student as this circuit only, its nodes and its edges, in its forward and in `generate()`.
+
+        A weight between the nodes that is no edge of the circuit carries its source's mean. Taps of the
+        caller see what is left: `student(ids, tap=recorder)`.
+        """
+        own = self.tap(means)
+
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return args, kwargs | {"tap": compose(own, kwargs.get("tap", no_tap))}
+
+        edges = StudentEdges(student, self.nodes, self.pairs, means)
+        with edges.applied(torch.ones(len(self.pairs), device=student.device)):
+            handle = student.register_forward_pre_hook(before, with_kwargs=True)
+            try:
+                yield student
+            finally:
+                handle.remove()
 
     def compact(self, student: Student, means: Means) -> CompactStudent:
         """The student as this circuit only, as a small dense model of its own: its nodes and its edges.
@@ -93,8 +117,8 @@ class Circuit:
         """Save the compact model; returns (and writes) its largest logit difference from the masked student
         on these tokens, beside the largest logit."""
         compact = self.compact(student, means)
-        with torch.no_grad():
-            masked = student(ids, tap=self.tap(means)).logits
+        with torch.no_grad(), self.applied(student, means):
+            masked = student(ids).logits
             difference = (compact(ids).logits - masked).abs().max().item()
         facts = {
             "task": self.task,

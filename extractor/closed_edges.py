@@ -4,7 +4,8 @@ A closed weight carries its source's mean, in the bias, as in `extractor.edges`;
 matrices, so that nodes outside the circuit can be ablated otherwise, or restored.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,18 +91,25 @@ class StudentEdges:
 
         return run
 
-    @torch.no_grad()
-    def compact(self, gates: Float[Tensor, " edge"], live: Mapping[str, Tensor]) -> CompactStudent:
-        """The same student with only these channels computed, exactly."""
-        replaced = self.parameters(gates)
+    @contextmanager
+    def applied(self, gates: Float[Tensor, " edge"]) -> Iterator[Student]:
+        """The student itself with the edges as far open as their gates, whoever calls it."""
+        with torch.no_grad():
+            replaced = self.parameters(gates)
         own = {name: self.student.get_parameter(name).data for name in replaced}
         try:
             for name, value in replaced.items():
                 self.student.get_parameter(name).data = value
-            return CompactStudent(self.student, live, self.means)
+            yield self.student
         finally:
             for name, value in own.items():
                 self.student.get_parameter(name).data = value
+
+    @torch.no_grad()
+    def compact(self, gates: Float[Tensor, " edge"], live: Mapping[str, Tensor]) -> CompactStudent:
+        """The same student with only these channels computed, exactly."""
+        with self.applied(gates) as student:
+            return CompactStudent(student, live, self.means)
 
 
 def _columns(student: Student, source: str, live: Tensor) -> tuple[Int[Tensor, " column"], Tensor]:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from extractor.circuit_graph import to_networkx
 from extractor.errors import InputError
 from extractor.masks import Means
-from extractor.sites import NODE_KINDS, Node, Recorder, compose
+from extractor.sites import NODE_KINDS, Node, Recorder
 from extractor.student import Student
 from extractor.task_tokens import tokens_of
 
@@ -66,7 +66,8 @@ def neuronpedia_graph(
     prompt = torch.tensor([ids], device=student.device)
     probability = circuit.compact(student, means)(prompt, 1).logits[0, -1].float().softmax(-1)
     recorder = Recorder()
-    student(prompt, tap=compose(circuit.tap(means), recorder))
+    with circuit.applied(student, means):
+        student(prompt, tap=recorder)
     places = {node: _place(recorder, node, means) for node in sorted(circuit.nodes, key=lambda n: n.sort_key)}
     names = {node: f"{node.layer}_{_index(node)}_{position}" for node, (position, _) in places.items()}
     tokens = {position: f"E_{ids[position]}_{position}" for position in range(len(ids))}

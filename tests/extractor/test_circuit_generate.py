@@ -1,13 +1,14 @@
 """`generate` with a circuit in place: the cache, batches and padding change nothing."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from extractor.circuit import Circuit, edges_between
-from extractor.masks import mean_activations
-from extractor.sites import Node, Tap
+from extractor.masks import Means, mean_activations
+from extractor.sites import Node, Recorder, Tap
 from extractor.student import Student
 from tests.conftest import tiny_student_config
 
@@ -31,12 +32,21 @@ def model(request: pytest.FixtureRequest) -> Student:
 
 
 @pytest.fixture
-def tap(model: Student, tokens: torch.Tensor) -> Tap:
-    """The tap of a circuit of half of all nodes."""
-    means = mean_activations(model, tokens)
+def means(model: Student, tokens: torch.Tensor) -> Means:
+    return mean_activations(model, tokens)
+
+
+@pytest.fixture
+def circuit(model: Student, means: Means) -> Circuit:
+    """A circuit of half of all nodes."""
     every = [Node(address, c) for address, mean in means.items() for c in range(len(mean))]
     nodes = frozenset(random.Random(0).sample(every, len(every) // 2))
-    return Circuit("t", nodes, edges_between(model, nodes), "sha", {}).tap(means)
+    return Circuit("t", nodes, edges_between(model, nodes), "sha", {})
+
+
+@pytest.fixture
+def tap(circuit: Circuit, means: Means) -> Tap:
+    return circuit.tap(means)
 
 
 def greedy_by_hand(model: Student, prompt: torch.Tensor, tap: Tap) -> list[int]:
@@ -66,6 +76,29 @@ def test_generation_with_a_circuit_is_greedy_decoding(
     assert made[:, tokens.shape[1] :].tolist() == expected
     without = [greedy_by_hand(model, prompt, lambda _, activation: activation) for prompt in tokens]
     assert without != expected  # the circuit does make a difference
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_circuit_with_learned_edges_generates_what_its_compact_model_says(
+    model: Student, tokens: torch.Tensor, circuit: Circuit, means: Means, use_cache: bool
+) -> None:
+    edges = tuple(random.Random(1).sample(circuit.edges, len(circuit.edges) // 2))
+    circuit = replace(circuit, edges=edges)
+    compact, before, seen = circuit.compact(model, means), model(tokens).logits, Recorder("1.attn.act_in")
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": use_cache}
+    with circuit.applied(model, means) as applied:
+        logits = applied(tokens, tap=seen).logits
+        made = applied.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    torch.testing.assert_close(logits, compact(tokens).logits, atol=1e-4, rtol=1e-4)
+    kept = [node.channel for node in circuit.nodes if node.address == "1.attn.act_in"]
+    varies = seen["1.attn.act_in"].flatten(0, 1).std(0) > 1e-6
+    assert set(varies.nonzero()[:, 0].tolist()) <= set(kept)  # the caller's tap sees the circuit
+    for row in range(len(tokens)):
+        ids = tokens[row : row + 1]
+        for _ in range(NEW_TOKENS):
+            ids = torch.cat([ids, compact(ids).logits[:, -1].argmax(-1)[:, None]], 1)
+        assert made[row].tolist() == ids[0].tolist()
+    assert torch.equal(model(tokens).logits, before)  # and it is gone afterwards
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

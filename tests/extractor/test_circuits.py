@@ -340,17 +340,25 @@ def test_circuit_round_trips(circuit: Circuit, tmp_path) -> None:
     assert Circuit.load(tmp_path / "c.json") == circuit
 
 
-def test_an_export_says_how_far_it_is_from_the_masked_student(student, tokens, means, tmp_path) -> None:
+@pytest.mark.parametrize("share_of_edges", [1, 0.5, 0])
+def test_an_export_says_how_far_it_is_from_the_masked_student(
+    student, tokens, means, tmp_path, share_of_edges
+) -> None:
     nodes = frozenset(
         random.Random(1).sample([Node(a, c) for a, m in means.items() for c in range(len(m))], 60)
     )
-    circuit = Circuit("t", nodes, edges_between(student, nodes), "sha", {})
+    edges = edges_between(student, nodes)
+    edges = tuple(random.Random(2).sample(edges, int(share_of_edges * len(edges))))
+    circuit = Circuit("t", nodes, edges, "sha", {})
     difference = circuit.export(tmp_path / "t", student, means, tokens)
     facts = json.loads((tmp_path / "t" / "compact.json").read_text())
     assert facts["max_logit_difference"] == difference <= 1e-5
     loaded = CompactStudent.load(tmp_path / "t")
-    masked = student(tokens, tap=circuit.tap(means)).logits
+    all_edges = student(tokens, tap=circuit.tap(means)).logits
+    with circuit.applied(student, means):
+        masked = student(tokens).logits
     torch.testing.assert_close(loaded(tokens).logits, masked, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(masked, all_edges, atol=1e-5) == (share_of_edges == 1)
 
 
 def test_edges_of_grouped_queries_pass_through_every_head_of_the_group(tokens) -> None:
