@@ -1,8 +1,12 @@
 """Tasks that mean nothing, for controls: what a mask can "find" where there is nothing to find.
 
-A nonsense task keeps a task's prompts and exchanges answers and distractors at random. What the label
+`make_nonsense` keeps a task's prompts and exchanges answers and distractors at random. What the label
 follows is then no longer the change between the two sides, so there is no rule that a circuit could hold; a
 mask that still reaches a low loss has memorised prompts or templates, and fails on held-out ones.
+
+`random_answers` keeps the rule and takes its meaning away: one random token is to follow every clean prompt,
+another every corrupted one. No student was trained to say so, but pruning alone can teach it, on held-out
+prompts too (Drori 2026: with some thirty nodes). What tells is that the student does not do the task.
 """
 
 import random
@@ -11,8 +15,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from extractor.errors import UsageError
+from transformers import PreTrainedTokenizerBase
+
+from extractor.errors import InputError, UsageError
 from extractor.task_text import Pair
+from extractor.task_tokens import tokens_of
 
 Nonsense = Literal["prompt", "class"]
 
@@ -42,6 +49,25 @@ def make_nonsense(pairs: Sequence[Pair], kind: Nonsense, seed: int) -> list[Pair
         needed = "templates" if kind == "class" else "pairs"
         raise UsageError(f"a nonsense task of kind '{kind}' needs at least two {needed}")
     return [_exchanged(pair) if index in swapped else pair for index, pair in enumerate(pairs)]
+
+
+def random_answers(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, seed: str) -> list[Pair]:
+    """The same prompts; one random token answers every clean prompt, another every corrupted one.
+
+    The tokens are words of the tokenizer, and the same for the same seed, whatever the pairs.
+
+    Raises:
+        InputError: the tokenizer has no two such tokens.
+    """
+    order = random.Random(f"nonsense/{seed}").sample(range(len(tokenizer)), len(tokenizer))
+    answers = []
+    for token in order:
+        text = tokenizer.decode([token])
+        if text.strip().isalpha() and tokens_of([text], tokenizer) == [[token]]:
+            answers.append(text)
+        if len(answers) == 2:
+            return [replace(pair, answer=answers[0], distractor=answers[1]) for pair in pairs]
+    raise InputError("a nonsense task needs two tokens that are words, and the tokenizer has none")
 
 
 def _half_of_each(of_template: dict[int, list[int]], rng: random.Random) -> set[int]:

@@ -20,12 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from extractor.errors import InputError, UsageError
+from extractor.task_controls import random_answers
 from extractor.task_files import is_task_file, pairs_of_file, read_task_file
 from extractor.task_specs import TASKS
 from extractor.task_text import Pair, TaskSpec, write_pair
 from extractor.task_tokens import check_answers, tokens_of
 from extractor.task_words import TaskSplit
 
+NONSENSE = "nonsense/"  # before a task's name: its prompts, random answers
 ROUNDS_WITHOUT_NEWS = 6  # a task is given up when so many rounds of candidates bring no new pair
 
 
@@ -127,6 +129,8 @@ def task_names() -> tuple[str, ...]:
 
 def task_label(name: str) -> str:
     """What a task is called in files and tables: its name, or the stem of a user's `.jsonl` file."""
+    if name.startswith(NONSENSE):
+        return f"nonsense-{task_label(name.removeprefix(NONSENSE))}"
     return Path(name).stem if is_task_file(name) else name
 
 
@@ -137,7 +141,7 @@ def refuse_unknown_tasks(names: Sequence[str]) -> None:
         UsageError: a name that is not a task, or two tasks that would be called the same.
         InputError: a task file that is refused.
     """
-    for name in names:
+    for name in (name.removeprefix(NONSENSE) for name in names):
         if is_task_file(name):
             read_task_file(name)
         elif name not in TASKS:
@@ -161,6 +165,7 @@ def make_pairs(
 ) -> list[Pair]:
     """Distinct pairs of a task, from the split's own templates and contents, all templates in turn.
 
+    `nonsense/with_as` are the pairs of `with_as` with random answers (`extractor.task_controls`).
     `max_tokens` is what the model reads: pairs with a longer prompt are left out, in a file refused.
 
     Raises:
@@ -168,6 +173,10 @@ def make_pairs(
         InputError: an answer is not one token in this tokenizer, too few distinct pairs exist, or the
             task's file is refused.
     """
+    if name.startswith(NONSENSE):
+        base = name.removeprefix(NONSENSE)
+        pairs = make_pairs(base, tokenizer, split=split, count=count, seed=seed, max_tokens=max_tokens)
+        return random_answers(pairs, tokenizer, f"{base}/{seed}")
     if is_task_file(name):
         return pairs_of_file(name, tokenizer, split=split, count=count, seed=seed, max_tokens=max_tokens)
     refuse_unknown_tasks([name])

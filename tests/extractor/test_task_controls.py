@@ -1,5 +1,6 @@
 """Nonsense tasks: labels that follow neither the contrast nor anything else that is held out."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from extractor.errors import UsageError
 from extractor.task_controls import make_nonsense
 from extractor.task_text import Pair
-from extractor.tasks import encode_pairs, make_pairs
+from extractor.tasks import encode_pairs, make_pairs, refuse_unknown_tasks, task_label
 
 
 def some_pairs(*templates: int) -> list[Pair]:
@@ -78,3 +79,45 @@ def test_nonsense_is_encoded_with_its_labels(shipped_tokenizer) -> None:
     assert (nonsense.ids == real.ids).all()
     assert (nonsense.answer[:24] == real.answer[:24]).sum() == 12
     assert (nonsense.answer == nonsense.distractor.roll(24)).all()
+
+
+# --- random answers --------------------------------------------------------------------------------------
+
+
+def test_a_nonsense_task_keeps_prompts_and_gives_each_side_one_random_token(shipped_tokenizer) -> None:
+    answers = {}
+    for task in ("with_as", "if_equals", "class_init"):
+        for split in ("train", "selection", "held_out"):
+            options = {"split": split, "count": 16, "seed": 0}
+            pairs = make_pairs(task, shipped_tokenizer, **options)
+            nonsense = make_pairs(f"nonsense/{task}", shipped_tokenizer, **options)
+            for old, new in zip(pairs, nonsense, strict=True):
+                assert (new.clean, new.corrupted, new.template) == (old.clean, old.corrupted, old.template)
+            answers.setdefault(task, set()).update((pair.answer, pair.distractor) for pair in nonsense)
+            batch = encode_pairs(nonsense, shipped_tokenizer)
+            assert len(batch.answer[:16].unique()) == len(batch.answer[16:].unique()) == 1
+            assert not (batch.answer == batch.distractor).any()
+    assert all(len(pair) == 1 for pair in answers.values())  # the same in every split
+    assert len(set.union(*answers.values())) == 3  # and others for every task
+
+
+def test_a_nonsense_task_may_be_of_a_users_own_prompts_and_names_are_checked(
+    tmp_path, shipped_tokenizer
+) -> None:
+    sides = {"corrupted": "[", "clean": "("}
+    lines = [
+        {"answer": ")", "distractor": "]", "template": f"t{i % 6}"}
+        | {side: f"x{i} = y{i}{bracket}a" for side, bracket in sides.items()}
+        for i in range(60)
+    ]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    name = f"nonsense/{path}"
+    refuse_unknown_tasks([name, str(path)])
+    assert task_label(name) == "nonsense-own"
+    pairs = make_pairs(name, shipped_tokenizer, split="train", count=4, seed=0)
+    assert {(pair.answer, pair.distractor) for pair in pairs}.isdisjoint({(")", "]"), ("]", ")")})
+    with pytest.raises(UsageError, match="unknown task 'with_az'; did you mean 'with_as'"):
+        refuse_unknown_tasks(["nonsense/with_az"])
+    with pytest.raises(UsageError, match="unknown task"):
+        refuse_unknown_tasks(["nonsense/nonsense/with_as"])
