@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bridges.dense import DenseModel
+from bridges.tables import markdown
 from bridges.warm_start import StudentShape, make_student
 from extractor.circuit import count_edges
 from extractor.errors import UsageError
@@ -83,15 +84,18 @@ def geometric_means(found: Mapping[str, Mapping[str, object]]) -> list[dict[str,
 
 
 def comparison_table(comparison: Mapping[str, object]) -> str:
-    """The geometric means as a Markdown table, a row per target loss."""
+    """The geometric means as a Markdown table, a row per target loss, and how often the last model's (the
+    student's) edges go into the first one's (the dense model's own)."""
     names = list(comparison["models"])
-    head = ["| target loss, nats | tasks | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    columns = ["target loss, nats", "tasks", *names, f"{names[0]} / {names[-1]}"]
     rows = []
     for row in comparison["means"]:
         edges = row["edges"]
-        shown = ["-" if "undefined" in edges else f"{edges[name]:,.0f}" for name in names]
-        rows.append(f"| {row['target_loss']} | {len(row['tasks'])} | " + " | ".join(shown) + " |")
-    return "\n".join([*head, *rows]) + "\n"
+        is_known = "undefined" not in edges
+        sizes = [f"{edges[name]:,.0f}" if is_known else "-" for name in names]
+        ratio = f"{edges[names[0]] / edges[names[-1]]:.0f}" if is_known else "-"
+        rows.append([str(row["target_loss"]), str(len(row["tasks"])), *sizes, ratio])
+    return markdown(columns, rows)
 
 
 def plot_comparison(comparison: Mapping[str, object], path: Path) -> None:

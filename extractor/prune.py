@@ -124,6 +124,7 @@ class Search:
     masks: NodeMasks
     settings: Sequence[Setting]
     found: Sequence[Found]
+    was_learned: bool = True  # False: the student itself is above the target, so there was nothing to learn
 
     @property
     def best(self) -> int:
@@ -195,7 +196,8 @@ def search_masks(
     student.requires_grad_(False)
     if config.target == "student" and student_loss(student, settings[0].selection) > config.target_loss:
         masks = NodeMasks(means, [setting.seed for setting in settings], init=-1.0, init_noise=0.0)
-        return Search(masks, settings, [Found(tau, tau > 0, Calibration(), None) for tau in masks.tau])
+        found = [Found(tau, tau > 0, Calibration(), None) for tau in masks.tau]
+        return Search(masks, settings, found, was_learned=False)
     masks = learn_masks(student, settings, means, config, bank)
     goal = config.target_loss * config.selection_frac
     found = []

@@ -28,7 +28,11 @@ MASKS = 3  # the best ones are cut; others seldom give the smallest circuit at a
 def size_curve(
     student: Student, search: Search, held_out: TaskBatch, bank: Bank | None = None
 ) -> dict[str, object]:
-    """The best masks' cuts (nodes, edges, held-out loss), and nodes and edges at each target loss."""
+    """The best masks' cuts (nodes, edges, held-out loss), and nodes and edges at each target loss; none where
+    no mask was learned."""
+    if not search.was_learned:
+        reason = "the model itself stays above the loss that masks are cut for"
+        return {"cuts": [], "targets": [{"target_loss": t, "undefined": reason} for t in TARGET_LOSSES]}
     cuts = []
     for index in search.ranked[:MASKS]:
         selection, tau = search.settings[index].selection, search.found[index].tau

@@ -55,6 +55,31 @@ def test_models_are_compared_on_the_same_tasks(dense: DenseModel, tokens: torch.
         plot_comparison(comparison, tmp_path / "sizes.svg")
 
 
+def test_a_model_that_does_not_do_a_task_has_no_sizes_on_it(dense: DenseModel, tokens: torch.Tensor) -> None:
+    """Nothing was learned on it, and what was not learned must not be cut in some order all the same."""
+    views = dense_views(dense, TURNED)
+    own = {split: prompts(seed, (11, 12)) for seed, split in enumerate(("train", "selection", "held_out"))}
+    comparison = compare_circuits(views, {"arbitrary": own}, tokens, PruneConfig(steps=1))
+    for model in comparison["models"].values():
+        assert all("stays above" in row["undefined"] for row in model["tasks"]["arbitrary"])
+    assert all("undefined" in row["edges"] for row in comparison["means"])
+
+
+def test_the_table_says_how_many_times_fewer_edges_the_student_needs() -> None:
+    rows = [
+        {
+            "target_loss": 0.15,
+            "tasks": ["a", "b"],
+            "edges": {"own": 3000.0, "turned": 400.0, "student": 30.0},
+        },
+        {"target_loss": 0.05, "tasks": [], "edges": {"undefined": "no task"}},
+    ]
+    models = {"own": {}, "turned": {}, "student": {}}
+    lines = comparison_table({"models": models, "means": rows}).splitlines()
+    assert lines[0] == "| target loss, nats | tasks | own | turned | student | own / student |"
+    assert lines[2:] == ["| 0.15 | 2 | 3,000 | 400 | 30 | 100 |", "| 0.05 | 0 | - | - | - | - |"]
+
+
 def test_the_plot_has_a_line_per_model(tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     rows = [{"target_loss": loss, "edges": {"a": 10 / loss, "b": 1 / loss}} for loss in (0.5, 0.15)]
