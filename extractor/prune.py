@@ -13,11 +13,11 @@
 (Gao et al. 2025, section 2.2 and appendix A.5.)
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial, reduce
 from itertools import product
 from typing import Literal
 
@@ -35,13 +35,14 @@ from extractor.machine import autocast
 from extractor.masks import Bank, GateTap, Means, NodeMasks, tied_queries
 from extractor.packed import Chunks, pack
 from extractor.refine import RefineConfig, drop_spare_nodes, find_edges, in_use, needed_without_edges
-from extractor.restored import RestoredConfig, RestoredSets, restore_at_random
+from extractor.restored import RestoredConfig, RestoredEdges, RestoredSets, restore_at_random
 from extractor.sites import Node
 from extractor.smallest import Sizes, calibrate_all, calibrated_losses, smallest_circuit
 from extractor.student import Student
 from extractor.tasks import TaskBatch
 
 COMPACT_EVERY = 5  # steps; folding takes about as long as half a step
+MOST_RANKED = 16  # masks whose sensitivity to restored nodes is measured
 COMPACT_BELOW = 0.8  # of the nodes computed so far
 
 
@@ -134,18 +135,19 @@ class Search:
     @property
     def ranked(self) -> list[int]:
         """All settings, best first."""
-        return sorted(range(len(self.found)), key=self._merit)
+        return sorted(range(len(self.found)), key=self.merit)
 
     def best_of(self, seed: int) -> int:
         """The same among the settings of one seed."""
         own = (index for index, setting in enumerate(self.settings) if setting.seed == seed)
-        return min(own, key=self._merit)
+        return min(own, key=self.merit)
 
     def nodes(self, index: int) -> frozenset[Node]:
         """The nodes that one setting came to."""
         return self.masks.nodes(self.masks.of_nodes(self.found[index].kept))
 
-    def _merit(self, index: int) -> tuple[float, int]:
+    def merit(self, index: int) -> tuple[float, int]:
+        """What ranks settings, the least first: the goal that was reached, and the number of nodes."""
         goal = self.found[index].goal
         return math.inf if goal is None else goal, len(self.nodes(index))
 
@@ -225,18 +227,30 @@ def finish_circuit(
 ) -> Circuit:
     """The best mask's circuit: without what it can spare, and with its edges learned.
 
-    Several masks may be refined (`refine.candidates`); the circuit with the fewest edges is kept.
+    Several masks may be refined (`refine.candidates`); the circuit with the fewest edges is kept. With
+    `restored`, masks and circuits that mind restored nodes least above its limit come first.
     """
     count = config.refine.candidates if config.refine.enabled else 1
+    order = sorted(search.ranked[:MOST_RANKED], key=partial(_merit, student, search, config))
     circuits = [
-        _finish(student, task, search, index, config, student_sha256, bank) for index in search.ranked[:count]
+        _finish(student, task, search, index, config, student_sha256, bank) for index in order[:count]
     ]
-    return min(circuits, key=_size)
+    return min(circuits, key=partial(_size, config))
 
 
-def _size(circuit: Circuit) -> tuple[float, int, int]:
-    goal = circuit.settings["reached_loss"]
-    return math.inf if goal is None else goal, len(circuit.edges), len(circuit.nodes)
+def _merit(student: Student, search: Search, config: PruneConfig, index: int) -> tuple[float, float, int]:
+    goal, size = search.merit(index)
+    if goal == math.inf or not (config.restored.enabled and config.refine.enabled):
+        return goal, 0.0, size
+    sets = RestoredSets(student, search.masks, search.settings[index].selection, config.restored)
+    loss = sets.loss(search.masks.of_nodes(search.found[index].kept))
+    return goal, max(0.0, loss - config.restored.max_loss), size
+
+
+def _size(config: PruneConfig, circuit: Circuit) -> tuple[float, float, int, int]:
+    goal, loss = (circuit.settings[name] for name in ("reached_loss", "restored_loss"))
+    excess = 0.0 if loss is None else max(0.0, loss - config.restored.max_loss)
+    return math.inf if goal is None else goal, excess, len(circuit.edges), len(circuit.nodes)
 
 
 def _finish(
@@ -265,7 +279,7 @@ def _finish(
             nothing = Sizes(student, masks, kept, bank).differences(kept.float()[None], setting.selection)
         (calibration,) = calibrate_all(nothing)
     nodes = masks.nodes(kept)
-    edges = edges_between(student, nodes)
+    edges, restored_loss = edges_between(student, nodes), None
     if is_refined:
         model = CompactStudent(student, masks.live(kept), masks.means)
         pairs, calibration = find_edges(
@@ -278,12 +292,15 @@ def _finish(
             config.pairs_per_step,
             (restored, kept) if restored else None,
         )
+        if restored is not None:
+            restored_loss = RestoredEdges(restored, kept, pairs).loss
         needed = needed_without_edges(student, nodes, pairs, masks.means, setting.selection, found.goal)
         nodes, pairs = in_use(nodes, pairs, needed)
         wanted_pairs = set(pairs)
         edges = tuple(edge for edge in edges if (edge.source, edge.target) in wanted_pairs)
     settings = config.model_dump(mode="json") | {
         "reached_loss": found.goal,
+        "restored_loss": restored_loss,  # on selection prompts
         "refined": is_refined,
         "seed": setting.seed,
         "size_coef": setting.size_coef,
@@ -385,5 +402,5 @@ def draw_all(
 ) -> tuple[TaskBatch, Float[Tensor, " example"]]:
     """The settings' pairs of a step, one setting after the other, and what is wanted of them."""
     batches, wanted = zip(*(setting.draw(step, count) for setting in settings), strict=True)
-    batch = functools.reduce(TaskBatch.join, batches)
+    batch = reduce(TaskBatch.join, batches)
     return batch, torch.stack(wanted).unflatten(1, (2, -1)).transpose(0, 1).flatten()

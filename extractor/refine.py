@@ -4,7 +4,8 @@
 2. Edges between the nodes left are learned as nodes were (`extractor.gates`), then dropped likewise.
 3. Nodes that then lead nowhere go.
 
-All on the selection prompts and towards the same goal as the search before, never on held-out prompts.
+All on the selection prompts and towards the same goal as the search before, never on held-out prompts. Parts
+are tried on some of them; on all, what that misses is put back.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
+from extractor.adversary import spread
 from extractor.circuit import Calibration
 from extractor.compact import CompactStudent
 from extractor.config import Config
@@ -29,6 +31,7 @@ from extractor.student import Student
 from extractor.tasks import TaskBatch
 
 FEW = 16  # dropping fewer than a sixteenth at once is slower than to try parts one by one
+TRIED_ON = 48  # selection pairs on which parts are tried; what is dropped has to hold on all of them
 
 
 class RefineConfig(Config):
@@ -54,9 +57,9 @@ def drop_spare(
     losses_of: LossesOf,
     gradient_of: GradientOf,
     goal: float,
-    holds: Holds | None = None,
+    holds: Holds,
 ) -> Bool[Tensor, " part"]:
-    """Drop parts as long as the loss stays at the goal, and what is asked besides holds.
+    """Drop parts as long as the loss stays at the goal, and what is asked in the end holds.
 
     First many at once, those of least first-order effect (minus the slope along their gate); then one by
     one, in the order of what the loss is without each. Every part left was needed when it was tried. What
@@ -85,7 +88,7 @@ def drop_spare(
         dropped = max(1, _longest_prefix(kept, candidates, losses_of, goal))
         drop(candidates[:dropped])
         candidates = candidates[dropped:]
-    return kept if holds is None else _dropped_in_order(first, order, holds)
+    return _dropped_in_order(first, order, holds)
 
 
 def _dropped_in_order(
@@ -145,26 +148,29 @@ def drop_spare_nodes(
     """The parts that are needed, of those that reach the goal; with `restored`, also while its sets work."""
     sizes = Sizes(student, masks, masks.of_nodes(kept), bank)
     everything, limit = sizes, restored.limit(masks.of_nodes(kept)) if restored else 0.0
+    few = spread(prompts, TRIED_ON)
 
     def losses_of(sets: Tensor) -> list[float]:
-        return [loss for loss, _ in sizes.losses(masks.of_nodes(sets), prompts)]
+        return [loss for loss, _ in sizes.losses(masks.of_nodes(sets), few)]
 
     def holds(parts: Tensor) -> bool:
         nodes = masks.of_nodes(parts)
+        if restored is not None and not restored.holds(nodes, limit):
+            return False
         ((loss, _),) = everything.losses(nodes[None], prompts)
-        return loss <= goal and restored.holds(nodes, limit)
+        return loss <= goal
 
     def gradient_of(parts: Tensor) -> Tensor:
         nonlocal sizes
         live = masks.of_nodes(parts)
         if bank is None and int(live.sum()) < 0.8 * sizes.model.num_nodes:
             sizes = Sizes(student, masks, live)
-        of_nodes = sizes.gradient(live, prompts)
+        of_nodes = sizes.gradient(live, few)
         if restored is not None:
             of_nodes = of_nodes + goal / limit * restored.gradient(live)
         return torch.zeros_like(masks.tau[0]).index_add(0, masks.part_of_node, of_nodes)
 
-    kept = drop_spare(kept, losses_of, gradient_of, goal, holds if restored else None)
+    kept = drop_spare(kept, losses_of, gradient_of, goal, holds)
     return masks.of_nodes(kept)
 
 
@@ -189,36 +195,34 @@ def find_edges(
     edges = EdgeGates(model, means)
     others = RestoredEdges(*restored, edges.pairs) if restored and len(edges) else None
 
-    chunks = Chunks(selection, model.config)
+    few, every = (Chunks(own, model.config) for own in (spread(selection, TRIED_ON), selection))
 
-    def differences(gates: Tensor) -> Float[Tensor, "set example"]:
-        return torch.cat([chunks.differences(edges.run(own)) for own in gates])
+    def differences(gates: Tensor, prompts: Chunks) -> Float[Tensor, "set example"]:
+        return torch.cat([prompts.differences(edges.run(own)) for own in gates])
 
     @torch.no_grad()
-    def measure(sets: Tensor) -> list[tuple[float, Calibration]]:
-        return calibrated_losses(differences(sets.float()))
-
     def losses_of(sets: Tensor) -> list[float]:
-        return [loss for loss, _ in measure(sets)]
+        return [loss for loss, _ in calibrated_losses(differences(sets.float(), few))]
+
+    @torch.no_grad()
+    def on_all(kept: Tensor) -> tuple[float, Calibration]:
+        return calibrated_losses(differences(kept.float()[None], every))[0]
 
     def holds(kept: Tensor) -> bool:
-        return losses_of(kept[None])[0] <= goal and others.hold(kept)
+        return (others is None or others.hold(kept)) and on_all(kept)[0] <= goal
 
     def gradient_of(kept: Tensor) -> Tensor:
         gates = kept.float()[None].requires_grad_()
-        return gate_gradient(gates, differences(gates))[0]
+        return gate_gradient(gates, differences(gates, few))[0]
 
     everything = torch.ones(len(edges), dtype=torch.bool, device=model.device)
-    ((loss, calibration),) = measure(everything[None])
+    loss, calibration = on_all(everything)
     if not len(edges) or loss > goal:
         return edges.pairs, calibration
     tau = learn_edges(edges, draw, config, pairs_per_step, others)
-    kept = tau > 0
-    if losses_of(kept[None])[0] > goal or (others is not None and not others.hold(kept)):
-        kept = everything
-    kept = drop_spare(kept, losses_of, gradient_of, goal, None if others is None else holds)
+    kept = drop_spare(tau > 0 if holds(tau > 0) else everything, losses_of, gradient_of, goal, holds)
     pairs = [pair for pair, is_kept in zip(edges.pairs, kept.tolist(), strict=True) if is_kept]
-    return pairs, measure(kept[None])[0][1]
+    return pairs, on_all(kept)[1]
 
 
 def learn_edges(

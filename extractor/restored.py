@@ -116,7 +116,8 @@ class RestoredEdges:
         self.sets, self.kept = sets, kept
         nodes = sets.masks.nodes(kept)
         self.edges = StudentEdges(sets.student, nodes, pairs, sets.masks.means)
-        self.limit = sets.limit(kept, self._folded(torch.ones(len(pairs), device=kept.device)))
+        self.loss = sets.loss(kept, self._folded(torch.ones(len(pairs), device=kept.device)))
+        self.limit = max(sets.config.max_loss, self.loss)
 
     def hold(self, gates: Bool[Tensor, " edge"]) -> bool:
         """With none of the sets restored the loss is above the limit."""
