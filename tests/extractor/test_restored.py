@@ -3,8 +3,9 @@
 import torch
 
 from extractor.adversary import node_index
+from extractor.circuit import Calibration
 from extractor.masks import NodeMasks, mean_activations
-from extractor.prune import PruneConfig, extract_circuit
+from extractor.prune import Found, PruneConfig, Search, extract_circuit, finish_circuit, task_settings
 from extractor.refine import RefineConfig
 from extractor.restored import RestoredConfig, RestoredSets, restore_at_random
 from extractor.sites import Node
@@ -26,6 +27,24 @@ def found_nodes(student: Student, restored: RestoredConfig) -> frozenset[Node]:
 def test_a_search_with_restored_nodes_keeps_what_guards_the_circuit() -> None:
     assert len(found_nodes(treacherous_student(), RestoredConfig()) & {NEURON, GUARD}) == 1
     assert found_nodes(treacherous_student(), RESTORED) == PLANTED_NODES | {GUARD}
+
+
+def test_of_two_masks_the_one_that_minds_restored_nodes_less_is_refined_though_it_is_larger() -> None:
+    student = treacherous_student().requires_grad_(False)
+    train, selection = planted_task(64, 0), planted_task(32, 1)
+    means = mean_activations(student, train.ids)
+    masks = NodeMasks(means, [0, 1])
+    for restored, expected in ((RestoredConfig(), False), (RESTORED, True)):
+        config = CONFIG.model_copy(update={"restored": restored, "seeds": (0, 1)})
+        settings = task_settings(student, train, selection, config)
+        found = []
+        for nodes in (PLANTED_NODES, PLANTED_NODES | {GUARD}):
+            kept = node_index(nodes, means)
+            found.append(Found(torch.where(kept, 1.0, -1.0), kept, Calibration(), 0.06))
+        circuit = finish_circuit(student, "t", Search(masks, settings, found), config, "sha")
+        assert (circuit.settings["seed"] == 1) == expected
+        assert (GUARD in circuit.nodes) == expected
+        assert (circuit.settings["restored_loss"] is not None) == expected
 
 
 def test_where_nothing_touches_the_circuit_the_same_is_found() -> None:
