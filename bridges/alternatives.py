@@ -12,7 +12,7 @@
 
 All are deltas at one site. All but the LoRA, which is a function of the text as it is, are one vector, added
 everywhere or behind a gate. Every vector gets its gate in the same way, on training prompts and training text
-(`bridges.gates`, at strength 1), so that what is compared is what is added.
+(`bridges.steering_gate`, at strength 1), so that what is compared is what is added.
 """
 
 import math
@@ -33,7 +33,6 @@ from bridges.bridge import BridgeSet
 from bridges.choose import PromptStreams
 from bridges.edit import Edit
 from bridges.flip_curves import Curve, DeltaOf, EditedPrompts, curve_json, measure_curve
-from bridges.gates import GateConfig, fit_steering
 from bridges.off_target import HeldOutText
 from bridges.plain_directions import (
     best_channel,
@@ -42,6 +41,7 @@ from bridges.plain_directions import (
     unembedding_difference,
 )
 from bridges.steering import DIRECTIONS, Direction, Steering, acts_at, mean_vector, told_apart
+from bridges.steering_gate import GateConfig, fit_steering
 from bridges.tails import PromptTails
 from bridges.task_lora import TaskLora, TaskLoraConfig, train_lora
 from extractor.config import Config

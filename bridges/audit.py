@@ -3,7 +3,7 @@
 log_odds    change of the answer's log-odds on held-out prompts per strength, and its slope
 share       the edit's part of what all channels of its site do together, by the indirect effect
 steering    the steering form in both directions, everywhere and gated: its own task, held-out text, and
-            the other tasks; gate and strength are chosen on training prompts and text (`bridges.gates`)
+            the other tasks; gate and strength are chosen on training prompts and text (`bridges.steering_gate`)
 prediction  the effect of an intervention in the student against that of its crossing in the dense model,
             over many nodes and strengths (`bridges.prediction`)
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 from bridges.bridge import BridgeSet
 from bridges.choose import PromptStreams
 from bridges.edit import Edit
-from bridges.gates import GateConfig, Trial, fit_steering
 from bridges.off_target import HeldOutText, other_tasks, steered
 from bridges.prediction import PredictionConfig, node_pool, prediction
 from bridges.steering import DIRECTIONS, Direction, Steering, acts_at, flip_rate, half, mean_vector
+from bridges.steering_gate import GateConfig, Trial, fit_steering
 from bridges.tails import PromptTails
 from extractor.circuit import Circuit
 from extractor.config import Config

@@ -8,7 +8,7 @@ the unedited stream at the site is above a threshold.
 The reading is a linear discriminant of the stream: of the positions where the edit acts on the prompts that
 it edits, from the same positions on the other side and from the tokens of text. A reading that has seen the
 two sides only opens on ordinary tokens, most of which are neither. How wide a gate opens, and at which
-strength it steers, is chosen in `bridges.gates`.
+strength it steers, is chosen in `bridges.steering_gate`.
 """
 
 from dataclasses import dataclass, replace
@@ -153,8 +153,8 @@ def discriminant(
 ) -> Discriminant:
     """Fisher's: the inverse of the covariance within a class, times the difference of the means.
 
-    In closed form, and, left out template by template, at least as good as a logistic regression. The
-    covariance is the mean of the classes' own, with a ridge.
+    In closed form, and, on templates left out of the fit, as good as a logistic regression. The covariance is
+    the mean of the classes' own, with a ridge.
 
     Args:
         weights: by `told_apart`; a position counts where they are above zero.

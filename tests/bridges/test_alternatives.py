@@ -22,7 +22,6 @@ from bridges.dense import DenseModel
 from bridges.edit import Edit
 from bridges.evaluate import measure_energies_
 from bridges.flip_curves import EditedPrompts, measure_curve, select_prompts
-from bridges.gates import GateConfig, fit_steering
 from bridges.hooks import hooked
 from bridges.off_target import HeldOutText
 from bridges.plain_directions import (
@@ -32,6 +31,7 @@ from bridges.plain_directions import (
     unembedding_difference,
 )
 from bridges.steering import DIRECTIONS, acts_at, half, told_apart
+from bridges.steering_gate import GateConfig, fit_steering
 from bridges.tails import PromptTails
 from bridges.task_lora import TaskLoraConfig
 from bridges.warm_start import StudentShape, make_student

@@ -11,7 +11,6 @@ from bridges.choose import PromptStreams
 from bridges.dense import DenseModel
 from bridges.edit import Edit
 from bridges.evaluate import measure_energies_
-from bridges.gates import fit_steering
 from bridges.off_target import HeldOutText, steered
 from bridges.prediction import (
     PredictionConfig,
@@ -22,6 +21,7 @@ from bridges.prediction import (
     prediction,
 )
 from bridges.steering import acts_at, flip_rate, mean_vector, steering_form
+from bridges.steering_gate import fit_steering
 from bridges.tails import PromptTails
 from bridges.warm_start import StudentShape, make_student
 from extractor.circuit import Circuit

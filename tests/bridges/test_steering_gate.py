@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from bridges.gates import GateConfig, Trial, choose, fit_steering
 from bridges.off_target import HeldOutText, steered
 from bridges.steering import DIRECTIONS, Gate, Steering, flip_rate, half, told_apart
+from bridges.steering_gate import GateConfig, Trial, choose, fit_steering
 from bridges.tails import PromptTails
 from extractor.sites import Site
 from extractor.tasks import TaskBatch
