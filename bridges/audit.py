@@ -3,7 +3,7 @@
 log_odds    change of the answer's log-odds on held-out prompts per strength, and its slope
 share       the edit's part of what all channels of its site do together, by the indirect effect
 steering    the steering form in both directions, everywhere and gated: its own task, held-out text, and
-            the other tasks; gate and strength are chosen on training prompts and text (`bridges.steering_gate`)
+            the other tasks; gate and strength are chosen in training (`bridges.steering_gate`)
 prediction  the effect of an intervention in the student against that of its crossing in the dense model,
             over many nodes and strengths (`bridges.prediction`)
 """
