@@ -4,7 +4,9 @@ A steering is tried at several strengths, and at each behind its reading (`bridg
 at several places. Chosen is the smallest strength at which enough training prompts flip within a budget of KL
 on training text. Of cuts that flip alike it is the widest: prompts of other templates read lower than those
 that the gate was fitted to. (With whole templates left out of the fit, the narrowest gate that flips as many
-training prompts flips 9 % of the others where the widest flips 36 %.) Nothing held out is looked at.
+training prompts flips 9 % of the others where the widest flips 36 %.) The reading is fitted to one half of
+the text and the KL is of the other: fitted to both, a wide gate has half the KL there that it has elsewhere.
+Nothing held out is looked at.
 """
 
 import math
@@ -36,8 +38,8 @@ class GateConfig(Config):
     """Indirect flip rate on training prompts that makes a strength large enough."""
     cuts: tuple[float, ...] = Field((0.3, 0.5, 0.7, 0.9), min_length=1)
     """Places tried between the mean reading where nothing is to be added (0) and where the edit acts (1)."""
-    text_blocks: int = Field(64, ge=1)
-    """Of training text."""
+    text_blocks: int = Field(128, ge=2)
+    """Of training text: the gate is fitted to every other, the KL is of the rest."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +87,18 @@ def fit_steering(
 
     Args:
         acts: weights of the positions where the vector stands for an edit, as of `told_apart`.
-        text: training text, never held-out. None: the gate tells only the two sides of the pairs apart, and
-            is cut half way.
+        text: training text of two blocks at least, never held-out. None: the gate tells only the two sides
+            of the pairs apart, and is cut half way.
     """
-    told = discriminant(train, site, acts, direction, None if text is None else text.resid(site))
+    seen, unseen = (None, None) if text is None else text.halves
+    told = discriminant(train, site, acts, direction, None if seen is None else seen.resid(site))
     cuts = (HALF_WAY,) if text is None else config.cuts
     trials: list[Trial] = []
     for strength in sorted(set(strengths)):
         found = [_on_prompts(vector, site, told, cut, strength, train, direction) for cut in cuts]
         alike = ALIKE * max(trial.flip_rate_indirect for trial in found)
         for trial in sorted(found, key=lambda t: (-min(t.flip_rate_indirect, alike), t.cut)):
-            trials.append(trial if text is None else _on_text(trial, text))
+            trials.append(trial if unseen is None else _on_text(trial, unseen))
             if trials[-1].kl <= config.kl_budget:
                 break  # the others flip fewer or are narrower
         if trials[-1].kl <= config.kl_budget and trials[-1].flip_rate_indirect >= config.goal:
