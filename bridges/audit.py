@@ -82,9 +82,9 @@ def audit_edit(
     except InputError as error:
         found |= dict.fromkeys(("off_target_kl", "steering_form", "steering"), undefined(str(error)))
     else:
-        acts = acts_at(edit, train)
+        acts, tried = acts_at(edit, train), tuple(filter(None, strengths)) or (1.0,)
         chosen = {
-            side: fit_steering(vector, edit.site, acts, train, train_text, side, strengths, config.gate)
+            side: fit_steering(vector, edit.site, acts, train, train_text, side, tried, config.gate)
             for side, vector in vectors.items()
         }
         found |= _audit_steerings(chosen, held_out, text, others, config, seed)
