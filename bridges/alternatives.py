@@ -11,7 +11,8 @@
     LoRA                    of the edit's rank, on the module that writes to the site (`bridges.task_lora`)
 
 All are deltas at one site. All but the LoRA, which is a function of the text as it is, are one vector, added
-everywhere or behind a gate: each method's own reading of the stream, half way between its training means.
+everywhere or behind a gate. Every vector gets its gate in the same way, on training prompts and training text
+(`bridges.steering_gate`, at strength 1), so that what is compared is what is added.
 """
 
 import math
@@ -26,6 +27,7 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from bridges.bridge import BridgeSet
 from bridges.choose import PromptStreams
@@ -38,11 +40,12 @@ from bridges.plain_directions import (
     probe_direction,
     unembedding_difference,
 )
-from bridges.steering import DIRECTIONS, Direction, Steering, mean_reading, steering_form
+from bridges.steering import DIRECTIONS, Direction, Steering, acts_at, mean_vector, told_apart
+from bridges.steering_gate import GateConfig, fit_steering
 from bridges.tails import PromptTails
 from bridges.task_lora import TaskLora, TaskLoraConfig, train_lora
 from extractor.config import Config
-from extractor.errors import InputError, UsageError
+from extractor.errors import InputError
 from extractor.sites import Node
 from extractor.statistics import mean_interval, undefined
 from extractor.student import Student
@@ -93,12 +96,17 @@ def compare_alternatives(
     bridges: BridgeSet,
     config: AlternativesConfig,
     seed: int = 0,
+    *,
+    train_text: HeldOutText | None = None,
+    gate: GateConfig = GateConfig(),  # noqa: B008  frozen
 ) -> dict[str, Any]:
     """Curves of every method, form and direction, and the edit against the difference of means.
 
     Args:
         edit: a patch of reads at one site.
         train, held_out: pairs from different templates.
+        text: held out.
+        train_text: what gates learn to stay shut on. None: they tell only the sides of the pairs apart.
 
     Returns:
         JSON-ready; rates are of the prompts that are answered right without the edit.
@@ -118,7 +126,9 @@ def compare_alternatives(
     for direction, own in prompts.items():
         if not len(own):
             continue
-        steerings = all_steerings(edit, train, student, bridges, direction, config, seed)
+        steerings = all_steerings(
+            edit, train, student, bridges, direction, config, seed, train_text=train_text, gate=gate
+        )
         for form in FORMS:
             first = 1.0
             for name, draws in steerings.items():
@@ -155,6 +165,9 @@ def all_steerings(
     direction: Direction,
     config: AlternativesConfig,
     seed: int,
+    *,
+    train_text: HeldOutText | None = None,
+    gate: GateConfig = GateConfig(),  # noqa: B008  frozen
 ) -> dict[str, list[Steering]]:
     """Gated vectors by method, several draws of the random ones, all of the norm of the difference of means.
 
@@ -166,27 +179,27 @@ def all_steerings(
     norm = means.norm()
     if not norm > 0:
         raise InputError(f"alternatives: the stream at {site} is the same on both kinds of training prompts")
+    stream_parts = told_apart(train.batch, train.resid[site].float())
 
-    def own_gate(vector: Tensor) -> Steering:
-        readings = mean_reading(train, site, vector, direction)
-        plain = Steering(site, vector * norm / vector.norm())
-        return plain.gated(vector, *readings, removes_mean=train.dense.removes_mean)
+    def gated(vector: Tensor, acts: Tensor = stream_parts) -> Steering:
+        scaled = vector * norm / vector.norm().clamp(min=1e-30)
+        return fit_steering(scaled, site, acts, train, train_text, direction, (1.0,), gate).steering
 
     def of_nodes(nodes: Edit) -> Steering:
-        form = steering_form(nodes, train, student, bridges, direction)
-        return form.scaled(float(norm / form.vector.norm().clamp(min=1e-30)))
+        vector = mean_vector(nodes, train, student, bridges, direction)
+        return gated(vector, acts_at(nodes, train))
 
     random_vectors = [
         torch.randn(len(means), generator=generator).to(means) for _ in range(config.control_draws)
     ]
     return {
         EDIT: [of_nodes(edit)],
-        MEANS: [own_gate(means)],
-        "linear probe": [own_gate(probe_direction(train, site, direction, config.probe_l2))],
-        "dense channel": [own_gate(best_channel(train, site, direction, float(norm), config.channels_tried))],
-        "unembedding": [own_gate(unembedding_difference(train, direction))],
+        MEANS: [gated(means)],
+        "linear probe": [gated(probe_direction(train, site, direction, config.probe_l2))],
+        "dense channel": [gated(best_channel(train, site, direction, float(norm), config.channels_tried))],
+        "unembedding": [gated(unembedding_difference(train, direction))],
         "random nodes": [of_nodes(nodes) for nodes in random_nodes(edit, train, bridges, config, generator)],
-        "random directions": [own_gate(vector) for vector in random_vectors],
+        "random directions": [gated(vector) for vector in random_vectors],
     }
 
 
@@ -343,13 +356,13 @@ def alternatives_table(found: Mapping[str, Any]) -> str:
 def plot_alternatives(found: Mapping[str, Any], path: Path) -> None:
     """Indirect flip rate against off-target KL: a panel per form and direction, a line per method.
 
-    Raises:
-        UsageError: matplotlib is not installed.
+    Without matplotlib one line says so, and nothing is drawn: every figure is in edit.json as well.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("a plot needs matplotlib; pip install 'sparsebridge[plot]'") from None
+        tqdm.write(f"{path} was not drawn: it needs matplotlib; pip install 'sparsebridge[plot]'")
+        return
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     for axes_of_form, form in zip(panels, FORMS, strict=True):

@@ -1,8 +1,9 @@
 """What an edit did: to its own task, to everything else, and against what the student predicted.
 
 log_odds    change of the answer's log-odds on held-out prompts per strength, and its slope
+share       the edit's part of what all channels of its site do together, by the indirect effect
 steering    the steering form in both directions, everywhere and gated: its own task, held-out text, and
-            the other tasks
+            the other tasks; gate and strength are chosen in training (`bridges.steering_gate`)
 prediction  the effect of an intervention in the student against that of its crossing in the dense model,
             over many nodes and strengths (`bridges.prediction`)
 """
@@ -18,13 +19,15 @@ from bridges.bridge import BridgeSet
 from bridges.choose import PromptStreams
 from bridges.edit import Edit
 from bridges.off_target import HeldOutText, other_tasks, steered
-from bridges.prediction import PredictionConfig, prediction
-from bridges.steering import DIRECTIONS, Direction, Steering, flip_rate, half, steering_form
+from bridges.prediction import PredictionConfig, node_pool, prediction
+from bridges.steering import DIRECTIONS, Direction, Steering, acts_at, flip_rate, half, mean_vector
+from bridges.steering_gate import GateConfig, Trial, fit_steering
 from bridges.tails import PromptTails
 from extractor.circuit import Circuit
 from extractor.config import Config
 from extractor.errors import InputError
-from extractor.statistics import mean_interval, undefined
+from extractor.sites import Node
+from extractor.statistics import mean_interval, ratio_interval, undefined
 from extractor.student import Student
 
 Differences = Mapping[float, tuple[Float[Tensor, " example"], Float[Tensor, " example"]]]
@@ -34,8 +37,9 @@ Differences = Mapping[float, tuple[Float[Tensor, " example"], Float[Tensor, " ex
 class EditAuditConfig(Config):
     """What is measured of an edit besides its flip rates."""
 
+    gate: GateConfig = GateConfig()
     steering_strengths: tuple[float, ...] = ()
-    """Of the steering form, besides 1, the patch's own mean change."""
+    """Of the steering form, measured besides its own; 1 is the patch's own mean change."""
     prediction: PredictionConfig = PredictionConfig()
 
 
@@ -50,57 +54,86 @@ def audit_edit(
     others: Mapping[str, PromptTails],
     config: EditAuditConfig,
     *,
+    train_text: HeldOutText | None = None,
     strengths: Sequence[float] = (0.5, 1.0, 1.5, 2.0),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Everything above of a patch of reads at one site, for JSON; `strengths` are those of the patch.
+    """Everything above of a patch of reads at one site, for JSON.
 
-    `off_target_kl` is the one to hold a limit against: of the gated steering form at strength 1, in the
-    direction that moves training answers further by its indirect effect (`steering_direction`). A patch has
-    two, and one of them may be to take away what most text does not have either.
+    `off_target_kl` is the one to hold a limit against: of `steering_form`, the gated steering of one
+    direction at its own strength, with its flips on held-out prompts beside it. A patch has two directions,
+    and one of them may be to take away what most text does not have either; the one that does better in
+    training counts.
+
+    Args:
+        text: held out.
+        train_text: what the gate learns to stay shut on. None: it tells only the sides of the pairs apart.
+        strengths: of the patch, and those among which the steering's is chosen.
     """
     delta = held_out.delta(edit)
     with torch.no_grad():
         effects = {s: held_out.differences(edit.site, s * delta) for s in strengths}
-    found = {"log_odds": log_odds(held_out, effects, seed=seed)}
+    found: dict[str, Any] = {
+        "log_odds": log_odds(held_out, effects, seed=seed),
+        "share_of_all_channels": share_of_all(edit, held_out, bridges, effects, seed=seed),
+    }
     try:
-        gated = {side: steering_form(edit, train, student, bridges, side) for side in DIRECTIONS}
+        vectors = {side: mean_vector(edit, train, student, bridges, side) for side in DIRECTIONS}
     except InputError as error:
-        found |= {"off_target_kl": undefined(str(error)), "steering": undefined(str(error))}
+        found |= dict.fromkeys(("off_target_kl", "steering_form", "steering"), undefined(str(error)))
     else:
-        found |= _audit_steerings(gated, train, held_out, text, others, config.steering_strengths, seed)
+        acts, tried = acts_at(edit, train), tuple(filter(None, strengths)) or (1.0,)
+        chosen = {
+            side: fit_steering(vector, edit.site, acts, train, train_text, side, tried, config.gate)
+            for side, vector in vectors.items()
+        }
+        found |= _audit_steerings(chosen, held_out, text, others, config, seed)
     few = torch.arange(min(config.prediction.pairs, len(held_out.batch) // 2), device=delta.device)
     few_streams = PromptStreams(
         held_out.dense, student, bridges, held_out.batch.select(few), source=edit.source
     )
-    found["prediction"] = prediction(few_streams, circuit, student, bridges, config.prediction, seed=seed)
-    return found
+    pool, name = node_pool(edit, circuit, train, bridges)
+    found["prediction"] = prediction(few_streams, pool, student, bridges, config.prediction, seed=seed)
+    return found | {"predictions_drawn_from": name}
 
 
 def _audit_steerings(
-    gated: Mapping[Direction, Steering],
-    train: PromptTails,
+    chosen: Mapping[Direction, Trial],
     held_out: PromptTails,
     text: HeldOutText,
     others: Mapping[str, PromptTails],
-    strengths: Sequence[float],
+    config: EditAuditConfig,
     seed: int,
 ) -> dict[str, Any]:
-    steps = sorted({1.0, *strengths})
-    found = {
-        side: {
+    found: dict[Direction, dict[str, Any]] = {}
+    for side, trial in chosen.items():
+        steps = sorted({trial.strength, *config.steering_strengths})
+        forms = {"everywhere": trial.steering.ungated(), "gated": trial.steering}
+        found[side] = {
             name: audit_steering(form, held_out, side, text, others, steps, seed=seed)
-            for name, form in (("everywhere", steering.ungated()), ("gated", steering))
+            for name, form in forms.items()
         }
-        for side, steering in gated.items()
+        found[side]["gated"]["gate"] = trial.as_json()
+
+    def rank(side: Direction) -> tuple[bool, float, float]:
+        trial = chosen[side]
+        return trial.kl <= config.gate.kl_budget, trial.flip_rate_indirect, -trial.moved
+
+    main = max(DIRECTIONS, key=rank)
+    gated = found[main]["gated"]
+    (row,) = (row for row in gated["strengths"] if row["strength"] == chosen[main].strength)
+    form = {
+        "direction": main,
+        **{name: row[name] for name in ("strength", "flip_rate", "flip_rate_indirect")},
+        **{name: row["text"][name] for name in ("kl", "kl_near", "share_of_tokens")},
+        "train": gated["gate"]["train"],
     }
-
-    def moved(side: Direction) -> float:
-        return (steered(train, gated[side])[1] - train.unedited)[half(train.batch, side)].mean().item()
-
-    main = min(DIRECTIONS, key=moved)
-    row = found[main]["gated"]["strengths"][steps.index(1.0)]
-    return {"off_target_kl": row["text"]["kl"], "steering_direction": main, "steering": found}
+    return {
+        "off_target_kl": row["text"]["kl"],
+        "steering_direction": main,
+        "steering_form": form,
+        "steering": found,
+    }
 
 
 def audit_steering(
@@ -127,6 +160,25 @@ def audit_steering(
     ]
     examples = half(held_out.batch, direction)
     return {"log_odds": log_odds(held_out, effects, examples=examples, seed=seed), "strengths": rows}
+
+
+@torch.no_grad()
+def share_of_all(
+    edit: Edit, tails: PromptStreams, bridges: BridgeSet, effects: Differences, *, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """By strength, the edit's mean indirect change of answer minus distractor over that of all channels.
+
+    All channels are patched at the edit's site and at the same strength; above 1 where the others hold back.
+    """
+    width = bridges[edit.site].decoder.in_features
+    every = [Node(edit.site.read_address, channel) for channel in range(width)]
+    delta = tails.delta(Edit.from_nodes(every, edit.site, bridges))
+    shares = {}
+    for strength, (_, indirect) in effects.items():
+        whole = tails.differences(edit.site, strength * delta)[1] - tails.unedited
+        own = indirect - tails.unedited
+        shares[f"{strength:g}"] = ratio_interval(own, whole, tails.batch.cluster, seed=seed)
+    return shares
 
 
 def log_odds(

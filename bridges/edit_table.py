@@ -7,40 +7,70 @@ from bridges.tables import at, markdown, number, percent
 from extractor.errors import InputError
 
 GOAL = 0.8  # of indirect flips: an edit's strength is the least that reaches it, or else the best
+FORM = "gated"  # in which edit and difference of means are compared
 COLUMNS = (
-    "task", "site", "nodes", "smallest at strength 1 / 2", "share of all channels' effect", "strength",
-    "flips: indirect / total", "random nodes / direction", "off-target KL", "student predicts (r)",
-    "at least as good as difference of means", "refused",
+    "task", "site", "nodes", "smallest at strength 1 / 2", "strength", "flips: indirect / total",
+    "share of all channels' effect", "random nodes / direction", "steering: prompts, strength",
+    "its flips: indirect / total", "its KL on text", "fires on", "student predicts (r)",
+    "flips at equal KL: edit / difference of means", "refused",
 )  # fmt: skip
+NOTES = """
+Patch: each prompt's nodes at the counterfactual prompt's values; flip rates of held-out prompts, at the least
+strength with at least 80 % by the indirect effect, or else at the best. Its share is of the indirect change
+of answer minus distractor, in nats, that all channels of the site make at that strength.
+Steering: one vector behind a gate, both chosen on training prompts and text; its flips and its KL to the
+unedited model (held-out text, nats/token) are at the same strength, which is its own.
+Edit against difference of means: both gated, within the limit of off-target KL, by the indirect effect.
+"""
 
 
 def edit_table(edits: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown; a dash where a value is undefined or was not measured.
-
-    Flip rates are at the least strength with at least 80 % by the indirect effect, or else at the best.
-    """
-    return markdown(COLUMNS, [_row(entry) for entry in sorted(edits, key=lambda entry: entry["task"])])
+    """Markdown, with what the columns mean below; a dash where a value is undefined or was not measured."""
+    rows = [_row(entry) for entry in sorted(edits, key=lambda entry: entry["task"])]
+    return markdown(COLUMNS, rows) + NOTES
 
 
 def _row(edit: Mapping[str, Any]) -> list[str]:
     index = edit["strengths"].index(best_strength(edit["strengths"], edit["flip_rate_indirect"]))
-    smallest = list(edit["smallest"].values())
-    first = smallest[0]
-    compared = at(edit, "alternatives", "at_least_as_good")
+    strength = f"{edit['strengths'][index]:g}"
+    steering = at(edit, "steering_form")
     return [
         f"`{edit['task']}`",
         edit["site"],
         str(edit["size"]),
-        " / ".join(number(at(found, "size")) for found in smallest),
-        percent(at(first, "share_of_everything")),
-        f"{edit['strengths'][index]:g}",
+        " / ".join(number(at(found, "size")) for found in edit["smallest"].values()),
+        strength,
         f"{percent(edit['flip_rate_indirect'][index])} / {percent(edit['flip_rate'][index])}",
+        percent(at(edit, "share_of_all_channels", strength)),
         f"{percent(edit['control_random_node'][index])} / {percent(edit['control_random_direction'][index])}",
+        _named(at(steering, "direction"), at(steering, "strength")),
+        f"{percent(at(steering, 'flip_rate_indirect'))} / {percent(at(steering, 'flip_rate'))}",
         number(at(edit, "off_target_kl")),
+        percent(at(steering, "share_of_tokens"), 2),
         number(at(edit, "prediction", "stream", "pearson")),
-        {True: "yes", False: "no"}.get(compared, "-"),
+        _against_means(edit),
         "yes" if edit["refusals"] else "no",
     ]
+
+
+def _named(direction: str | None, strength: float | None) -> str:
+    return "-" if direction is None or strength is None else f"{direction}, {strength:g}"
+
+
+def _against_means(edit: Mapping[str, Any]) -> str:
+    """Both rates at the largest compared KL that is within the edit's limit, and whether the edit's is no
+    smaller."""
+    rows = at(edit, "alternatives", "against_difference_of_means", FORM)
+    allowed = at(edit, "limits", "off_target_kl")
+    if not isinstance(rows, Mapping) or "undefined" in rows:
+        return "-"
+    within = [limit for limit in rows if allowed is None or float(limit) <= allowed]
+    if not within:
+        return "-"
+    row = rows[max(within, key=float)]
+    is_as_good = at(row, "at_least_as_good")
+    word = ("yes" if is_as_good else "no") if isinstance(is_as_good, bool) else "-"
+    return f"{percent(at(row, 'edit'))} / {percent(at(row, 'difference_of_means'))}, {word}"
 
 
 def best_strength(strengths: Sequence[float], indirect: Sequence[float]) -> float:

@@ -4,9 +4,11 @@ KL is that of the steered next-token distribution from the unedited one, KL(uned
 token. An edit that fires seldom has a small one over all tokens, so it is also given near where it fires.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,6 +75,18 @@ class HeldOutText:
     def loss(self) -> float:
         """Cross-entropy of the next token without any edit, nats/token."""
         return self.nll.mean().item()
+
+    @cached_property
+    def halves(self) -> tuple["HeldOutText", "HeldOutText"]:
+        """Every other block, and the rest: what is fitted to the one can be tried on the other."""
+        return self._part(slice(0, None, 2)), self._part(slice(1, None, 2))
+
+    def _part(self, rows: slice) -> "HeldOutText":
+        part = copy.copy(self)
+        part.blocks, part.nll, part._resid = self.blocks[rows], self.nll[rows], {}
+        part.position_ids = None if self.position_ids is None else self.position_ids[rows]
+        part._kept = None if self._kept is None else self._kept[rows]
+        return part
 
     @torch.no_grad()
     def resid(self, site: Site) -> Float[Tensor, "block token d_dense"]:

@@ -1,7 +1,8 @@
 """Does the student predict the dense model? Effects of the same interventions in both.
 
-Patches of a circuit's reads, at several strengths; an effect is the mean change of answer minus distractor,
-the total one, in nats. The student shows it twice:
+Patches of a circuit's reads, or of the best channels of the edit's site where the circuit is empty, at
+several strengths; an effect is the mean change of answer minus distractor, the total one, in nats. The
+student shows it twice:
 
     tap     only the sublayer that reads the nodes sees them moved, which is what the circuit says
     stream  everything after sees them moved, as in the dense model, where a crossing changes the stream; with
@@ -10,7 +11,7 @@ the total one, in nats. The student shows it twice:
 
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from scipy import stats
 from torch import Tensor
 
 from bridges.bridge import BridgeSet
-from bridges.choose import PromptStreams, sorted_nodes
+from bridges.choose import EditConfig, PromptStreams, rank_nodes, sorted_nodes
 from bridges.edit import Edit
 from extractor.circuit import Circuit
 from extractor.config import Config
@@ -35,15 +36,16 @@ from extractor.tasks import TaskBatch
 RESAMPLES = 1000
 LEAST_SETS = 4  # of nodes, that a correlation's interval is drawn from
 LARGEST_SET = 8
+RANKED = 32  # channels of a site that stand in for a circuit that reads none
 
 
 class PredictionConfig(Config):
     """Which interventions are compared; points are (nodes + sets) x strengths."""
 
     nodes: int = Field(20, ge=0)
-    """Single nodes of the circuit, over all sites."""
+    """Single nodes, over all sites."""
     sets: int = Field(12, ge=0)
-    """Random sets of 2 to 8 of the circuit's nodes at one site, over all sites."""
+    """Random sets of 2 to 8 nodes at one site, over all sites."""
     strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
     pairs: int = Field(16, ge=1)
     """Held-out pairs, at most, over which an effect is averaged; they are the same in both models."""
@@ -69,7 +71,7 @@ class Point:
 
 def prediction(
     streams: PromptStreams,
-    circuit: Circuit,
+    pool: Collection[Node],
     student: Student,
     bridges: BridgeSet,
     config: PredictionConfig,
@@ -78,12 +80,12 @@ def prediction(
 ) -> dict[str, Any]:
     """Does the student predict the dense model: all points, and how they correlate.
 
-    Patches of the circuit's reads, single nodes and random sets, at each strength. Intervals draw sets of
-    nodes with replacement, all strengths of one together.
+    Patches of reads among these nodes (`node_pool`), single ones and random sets, at each strength.
+    Intervals draw sets of nodes with replacement, all strengths of one together.
     """
-    drawn = draw_nodes(circuit, bridges, config, seed)
+    drawn = draw_nodes(pool, bridges, config, seed)
     if not drawn:
-        return undefined("the circuit reads no residual channel")
+        return undefined("there is no read of a residual channel to move")
     effects = StudentEffects(student, bridges, streams.batch)
     points, cluster = [], []
     for number, (site, nodes) in enumerate(drawn):
@@ -103,14 +105,32 @@ def prediction(
     }
 
 
+def node_pool(
+    edit: Edit, circuit: Circuit, train: PromptStreams, bridges: BridgeSet
+) -> tuple[list[Node], str]:
+    """What predictions are drawn from, and its name: the circuit's reads.
+
+    Where it has none, the edit's nodes and the other channels of its site that move training answers most,
+    by path-integrated attribution.
+    """
+    addresses = {site.read_address for site in bridges.sites}
+    if reads := [node for node in circuit.nodes if node.address in addresses]:
+        return reads, "the circuit"
+    width = bridges[edit.site].decoder.in_features
+    every = [Node(edit.site.read_address, channel) for channel in range(width)]
+    ranked = rank_nodes(train, Edit.from_nodes(every, edit.site, bridges), EditConfig())
+    nodes = list(dict.fromkeys([*edit.nodes, *ranked]))[:RANKED]
+    return nodes, f"the {len(nodes)} channels at {edit.site} that move training answers most"
+
+
 def draw_nodes(
-    circuit: Circuit, bridges: BridgeSet, config: PredictionConfig, seed: int
+    pool: Collection[Node], bridges: BridgeSet, config: PredictionConfig, seed: int
 ) -> list[tuple[Site, list[Node]]]:
-    """Single reads of the circuit and random sets of them, the sites in turn."""
+    """Single reads among these nodes and random sets of them, the sites in turn."""
     rng = random.Random(seed)
     at: dict[Site, list[Node]] = {}
     for site in bridges.sites:
-        if nodes := sorted_nodes([node for node in circuit.nodes if node.address == site.read_address]):
+        if nodes := sorted_nodes([node for node in pool if node.address == site.read_address]):
             at[site] = rng.sample(nodes, len(nodes))
     deepest = max(map(len, at.values()), default=0)
     singles = [(site, [nodes[i]]) for i in range(deepest) for site, nodes in at.items() if i < len(nodes)]

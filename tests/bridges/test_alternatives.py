@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ from bridges.plain_directions import (
     probe_direction,
     unembedding_difference,
 )
-from bridges.steering import DIRECTIONS, half
+from bridges.steering import DIRECTIONS, acts_at, half, told_apart
+from bridges.steering_gate import GateConfig, fit_steering
 from bridges.tails import PromptTails
 from bridges.task_lora import TaskLoraConfig
 from bridges.warm_start import StudentShape, make_student
@@ -309,3 +311,27 @@ def test_random_nodes_are_others_of_the_same_site(dense, tokens) -> None:
     assert {node.address for draw in draws for node in draw.nodes} == {"0.mlp.act_in"}
     assert not {node for draw in draws for node in draw.nodes} & set(edit.nodes)
     assert math.prod(draws[0].nodes != draw.nodes for draw in draws[1:])
+
+
+def test_every_vector_gets_its_gate_in_the_same_way(dense, tokens) -> None:
+    """The same vector and positions have the same gate, whichever method they come from."""
+    edit, train, _, _, student, bridges = setup(dense, tokens, Site(0, "resid_mid"), range(3, 6))
+    train_text = HeldOutText(dense, tokens)
+    found = all_steerings(
+        edit, train, student, bridges, "clean", CONFIG, seed=0, train_text=train_text, gate=GateConfig()
+    )
+    norm = difference_of_means(train, edit.site, "clean").norm()
+    for name in ("edit", "linear probe", "random directions"):
+        way = found[name][0]
+        torch.testing.assert_close(way.vector.norm(), norm)
+        at = acts_at(edit, train) if name == "edit" else told_apart(train.batch, train.resid[edit.site])
+        again = fit_steering(way.vector, edit.site, at, train, train_text, "clean", (1.0,), GateConfig())
+        assert torch.equal(again.steering.gate.direction, way.gate.direction)
+        assert again.steering.gate.threshold == way.gate.threshold
+
+
+def test_without_matplotlib_one_line_says_so(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plot_alternatives({}, tmp_path / "curves.svg")
+    assert "pip install 'sparsebridge[plot]'" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

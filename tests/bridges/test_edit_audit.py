@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bridges.audit import EditAuditConfig, audit_edit, audit_steering, log_odds
+from bridges.audit import EditAuditConfig, audit_edit, audit_steering, log_odds, share_of_all
 from bridges.choose import PromptStreams
 from bridges.dense import DenseModel
 from bridges.edit import Edit
@@ -17,9 +17,11 @@ from bridges.prediction import (
     StudentEffects,
     correlation_interval,
     draw_nodes,
+    node_pool,
     prediction,
 )
-from bridges.steering import steering_form
+from bridges.steering import acts_at, flip_rate, mean_vector, steering_form
+from bridges.steering_gate import fit_steering
 from bridges.tails import PromptTails
 from bridges.warm_start import StudentShape, make_student
 from extractor.circuit import Circuit
@@ -63,7 +65,7 @@ def test_an_exact_copy_predicts_the_dense_model_exactly(row, turned, tokens) -> 
     dense = DenseModel(tiny_model(row))
     student, bridges, streams = setup(dense, tokens, turned)
     circuit = circuit_of(dense.sites, (0, 5, 17, 20, 30))
-    found = prediction(streams, circuit, student, bridges, CONFIG, seed=1)
+    found = prediction(streams, circuit.nodes, student, bridges, CONFIG, seed=1)
     assert found["num_points"] == len(found["points"]) == (9 + 4) * 2
     points = torch.tensor([[p["stream"], p["measured"], p["tap"]] for p in found["points"]])
     assert points[:, 1].abs().max() > 0.1
@@ -99,23 +101,52 @@ def test_effects_of_the_student_are_those_of_the_intervention_on_it(dense, token
 def test_what_is_predicted_is_drawn_from_the_circuit_and_bounded(dense, tokens) -> None:
     _, bridges, _ = setup(dense, tokens)
     circuit = circuit_of(dense.sites[:3], (1, 2, 3, 4))
-    drawn = draw_nodes(circuit, bridges, CONFIG, seed=0)
+    drawn = draw_nodes(circuit.nodes, bridges, CONFIG, seed=0)
     assert len(drawn) == 13
     assert len({(site, frozenset(nodes)) for site, nodes in drawn}) == 13
     for site, nodes in drawn:
         assert set(nodes) <= circuit.nodes
         assert {node.address for node in nodes} == {site.read_address}
     assert {site for site, nodes in drawn if len(nodes) > 1} == set(dense.sites[:3])
-    few = draw_nodes(circuit_of(dense.sites[:1], (1, 2)), bridges, CONFIG, seed=0)
+    few = draw_nodes(circuit_of(dense.sites[:1], (1, 2)).nodes, bridges, CONFIG, seed=0)
     assert sorted(len(nodes) for _, nodes in few) == [1, 1, 2]
-    alone = draw_nodes(circuit_of(dense.sites[:2], (1,)), bridges, CONFIG, seed=0)
+    alone = draw_nodes(circuit_of(dense.sites[:2], (1,)).nodes, bridges, CONFIG, seed=0)
     assert [len(nodes) for _, nodes in alone] == [1, 1]
 
 
 def test_a_circuit_that_reads_nothing_predicts_nothing(dense, tokens) -> None:
     student, bridges, streams = setup(dense, tokens)
     circuit = Circuit("t", frozenset([Node("0.mlp.post_act", 3)]), (), "sha", {})
-    assert "undefined" in prediction(streams, circuit, student, bridges, CONFIG)
+    assert "undefined" in prediction(streams, circuit.nodes, student, bridges, CONFIG)
+
+
+def test_predictions_of_an_empty_circuit_are_drawn_at_the_edit_s_site(dense, tokens) -> None:
+    _, bridges, streams = setup(dense, tokens)
+    edit = Edit.from_nodes([Node("1.attn.act_in", c) for c in (30, 2)], Site(1, "resid_pre"), bridges)
+    empty = Circuit("t", frozenset(), (), "sha", {})
+    nodes, name = node_pool(edit, empty, streams, bridges)
+    assert nodes[:2] == list(edit.nodes)
+    assert {node.address for node in nodes} == {"1.attn.act_in"}
+    assert len(set(nodes)) == len(nodes) == 32
+    assert "32 channels at 1.resid_pre" in name
+    own = circuit_of(dense.sites[:1], (1, 2))
+    assert node_pool(edit, own, streams, bridges) == (list(own.nodes), "the circuit")
+
+
+def test_the_share_is_of_the_indirect_effect_of_all_channels(dense, tokens) -> None:
+    _, bridges, streams = setup(dense, tokens)
+    site = Site(1, "resid_pre")
+    moved = {}
+    for name, channels in (("all", range(32)), ("some", (3, 8))):
+        edit = Edit.from_nodes([Node("1.attn.act_in", c) for c in channels], site, bridges)
+        with torch.no_grad():
+            effects = {s: streams.differences(site, s * streams.delta(edit)) for s in (1.0, 2.0)}
+        moved[name] = [(indirect - streams.unedited).mean().item() for _, indirect in effects.values()]
+        found = share_of_all(edit, streams, bridges, effects)
+        expected = [own / whole for own, whole in zip(moved[name], moved["all"], strict=True)]
+        assert list(found) == ["1", "2"]
+        assert [row["value"] for row in found.values()] == pytest.approx(expected, rel=1e-3)
+    assert expected != pytest.approx([1.0, 1.0], rel=0.1)
 
 
 def test_correlations_and_their_intervals() -> None:
@@ -177,19 +208,33 @@ def test_the_whole_audit_is_json(dense, tokens) -> None:
     parts = (edit, circuit_of(dense.sites, (3, 8)), streams, streams, student, bridges)
     text, others = HeldOutText(dense, tokens), {"other": PromptTails(dense, make_pairs(4))}
     config = EditAuditConfig(steering_strengths=(0.5,), prediction=CONFIG)
-    found = audit_edit(*parts, text, others, config, strengths=(1.0, 2.0))
+    train_text = HeldOutText(dense, tokens.flip(0, 1))
+    found = audit_edit(*parts, text, others, config, train_text=train_text, strengths=(1.0, 2.0))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found.keys() == {"log_odds", "off_target_kl", "steering_direction", "steering", "prediction"}
-    main = found["steering"][found["steering_direction"]]["gated"]
-    assert [row["strength"] for row in main["strengths"]] == [0.5, 1.0]
-    form = steering_form(edit, streams, student, bridges, found["steering_direction"])
-    assert found["off_target_kl"] == text.effect(form).kl > 0
+    assert found.keys() == {
+        "log_odds", "share_of_all_channels", "off_target_kl", "steering_direction", "steering_form",
+        "steering", "prediction", "predictions_drawn_from",
+    }  # fmt: skip
+    form = found["steering_form"]
+    main = found["steering"][form["direction"]]["gated"]
+    assert form["strength"] == main["gate"]["strength"] in (1.0, 2.0)
+    assert [row["strength"] for row in main["strengths"]] == [0.5, form["strength"]]
+    trial = fit_steering(
+        mean_vector(edit, streams, student, bridges, form["direction"]),
+        *(site, acts_at(edit, streams), streams, train_text, form["direction"], (1.0, 2.0), config.gate),
+    )
+    assert main["gate"] == trial.as_json()
+    assert found["off_target_kl"] == form["kl"] == text.effect(trial.steering, trial.strength).kl
+    total, indirect = steered(streams, trial.steering, trial.strength)
+    assert form["flip_rate"] == flip_rate(streams, total, form["direction"])
+    assert form["flip_rate_indirect"] == flip_rate(streams, indirect, form["direction"])
     assert main["strengths"][1]["other_tasks"].keys() == {"other"}
     assert found["prediction"]["num_prompts"] == 10
     same = TaskBatch(streams.batch.ids[:6].repeat(2, 1), *list(vars(streams.batch).values())[1:])
     still = PromptStreams(dense, student, bridges, same)
     parts = (edit, parts[1], still, still, student, bridges)
-    found = audit_edit(*parts, text, others, config, strengths=(1.0,))
+    found = audit_edit(*parts, text, others, config, strengths=(0.0,))
     assert "undefined" in found["off_target_kl"]
     assert "undefined" in found["steering"]
+    assert "undefined" in found["steering_form"]
     assert "undefined" in found["prediction"]["tap"]["pearson"]

@@ -85,6 +85,20 @@ def test_a_reference_that_is_run_again_is_the_same_stream(dense, blocks, monkeyp
     assert again.effect(steering).kl == pytest.approx(kept.effect(steering).kl, rel=1e-4)
 
 
+def test_halves_of_a_text_are_texts_of_their_own(dense, blocks, monkeypatch) -> None:
+    positions = torch.arange(24).expand(7, -1)
+    for kept_values in (off_target.KEPT_VALUES, 0):
+        monkeypatch.setattr(off_target, "KEPT_VALUES", kept_values)
+        for at in (None, positions):
+            halves = HeldOutText(dense, blocks, at, batch_size=3).halves
+            for half, rows in zip(halves, (blocks[::2], blocks[1::2]), strict=True):
+                own = HeldOutText(dense, rows, None if at is None else at[: len(rows)])
+                for site in SITES:
+                    steering = some_steering(dense, blocks, site)
+                    assert half.effect(steering).kl == pytest.approx(own.effect(steering).kl, rel=1e-4)
+                assert half.loss == pytest.approx(own.loss, rel=1e-5)
+
+
 def test_a_gate_that_is_always_open_is_everywhere(dense, blocks) -> None:
     text, tails = HeldOutText(dense, blocks), PromptTails(dense, prompts())
     for site in SITES:

@@ -1,5 +1,6 @@
 """The steering form of an edit: what it adds, and where its gate is open."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,7 +8,17 @@ from bridges.choose import PromptStreams
 from bridges.dense import DenseModel
 from bridges.edit import Edit
 from bridges.evaluate import measure_energies_
-from bridges.steering import Gate, Steering, class_means, half, mean_reading, steering_form, told_apart
+from bridges.off_target import HeldOutText
+from bridges.steering import (
+    Gate,
+    Steering,
+    class_means,
+    discriminant,
+    half,
+    mean_vector,
+    steering_form,
+    told_apart,
+)
 from bridges.warm_start import StudentShape, make_student
 from extractor.errors import InputError
 from extractor.rotation import RotationConfig
@@ -45,16 +56,17 @@ def test_the_vector_is_the_mean_delta_of_the_patch_at_the_mean_rms(family, token
     by_rms = streams.delta(edit)[:, place] / streams.dense_rms[site][:, place]
     mean_rms = bridges.dense_energy[bridges.sites.index(site)].sqrt()
     for direction in ("clean", "corrupted"):
-        steering = steering_form(edit, streams, student, bridges, direction)
+        vector = mean_vector(edit, streams, student, bridges, direction)
         expected = by_rms[half(batch, direction)].mean(0) * mean_rms
-        torch.testing.assert_close(steering.vector, expected, atol=1e-5, rtol=1e-4)
-        assert steering.vector.norm() > 0.1
-    opposite = steering_form(edit, streams, student, bridges, "clean").vector
-    torch.testing.assert_close(steering.vector, -opposite, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-4)
+        assert vector.norm() > 0.1
+        assert torch.equal(steering_form(edit, streams, student, bridges, direction).vector, vector)
+    opposite = mean_vector(edit, streams, student, bridges, "clean")
+    torch.testing.assert_close(vector, -opposite, atol=1e-5, rtol=1e-4)
 
 
 def test_the_gate_of_an_edit_is_open_on_the_prompts_that_it_edits(family, tokens) -> None:
-    """Two tokens at one place, seen through the encoder: the gate tells the one from the other."""
+    """Two tokens at one place: the gate tells the one from the other."""
     batch = pairs_that_differ_at(1)
     student, bridges, streams = streams_of(family, tokens, batch)
     site = Site(0, "resid_pre")
@@ -65,9 +77,6 @@ def test_the_gate_of_an_edit_is_open_on_the_prompts_that_it_edits(family, tokens
         edited = half(batch, direction)
         torch.testing.assert_close(delta[edited, 1], (2 * steering.vector).expand(6, -1))
         assert not delta[~edited, 1].any()
-        # the reading is the student's own read, which an exact bridge tells exactly
-        read = streams.presented[site.read_address] @ steering.gate.direction
-        torch.testing.assert_close(steering.gate.reading(streams.resid[site]), read, atol=1e-3, rtol=1e-3)
 
 
 def test_strength_and_gate_decide_what_is_added() -> None:
@@ -83,32 +92,39 @@ def test_strength_and_gate_decide_what_is_added() -> None:
     assert always.ungated() == steering
 
 
-def test_a_gate_opens_nearer_to_the_mean_of_what_is_edited() -> None:
-    resid = torch.tensor([[[0.0, 9.0], [0.4, 9.0], [0.6, 9.0], [1.0, 9.0]]])
-    steering = Steering(Site(0, "resid_pre"), torch.tensor([0.0, 1.0]))
-    along = torch.tensor([1.0, 0.0])
-    assert steering.gated(along, low=0.0, high=1.0).gate.open(resid).tolist() == [[False, False, True, True]]
-    assert steering.gated(along, low=1.0, high=0.0).gate.open(resid).tolist() == [[True, True, False, False]]
-    tight = steering.gated(along, 0.0, 1.0, least=0.8).gate
-    assert tight.open(resid).tolist() == [[False, False, False, True]]
-    assert steering.gated(along, 0.0, 1.0, least=0.2).gate.threshold == 0.5
-    assert steering.gated(along, 1.0, 0.0, least=0.2).gate.open(resid).tolist() == [[True, *[False] * 3]]
-    shifted = resid + 100.0
-    centred = steering.gated(along, -4.5, -4.0, removes_mean=True).gate
-    assert centred.open(shifted).tolist() == centred.open(resid).tolist() == [[False, False, True, True]]
-
-
-def test_mean_readings_are_those_of_the_two_halves(dense, tokens) -> None:
+def test_a_discriminant_is_fishers_and_its_cuts_lie_between_the_means(family, tokens) -> None:
     batch = pairs_that_differ_at(7)
-    _, bridges, streams = streams_of(dense, tokens, batch)
-    site, along = Site(1, "resid_mid"), torch.randn(32)
-    centred = bridges.centred(streams.resid[site])[:, 7] @ along
-    for sign in (1, -1):
-        low, high, least = mean_reading(streams, site, sign * along, "corrupted")
-        assert low == pytest.approx(sign * centred[:6].mean().item(), rel=1e-4)
-        assert high == pytest.approx(sign * centred[6:].mean().item(), rel=1e-4)
-        steering = Steering(site, along).gated(sign * along, low, high, least, removes_mean=True)
-        assert steering.gate.open(streams.resid[site])[6:, 7].sum() >= 5
+    _, bridges, streams = streams_of(family, tokens, batch)
+    site = Site(1, "resid_mid")
+    resid = streams.resid[site].double()
+    centred = resid - resid.mean(-1, keepdim=True) if family.removes_mean else resid
+    inside, other = centred[6:, 7], centred[:6, 7]  # the direction "corrupted" edits the second half
+    text = HeldOutText(family, tokens).resid(site)
+    seen = text.double() - text.double().mean(-1, keepdim=True) if family.removes_mean else text.double()
+    groups = [inside, other, seen.flatten(0, 1)]
+    within = sum(np.cov(group.numpy(), rowvar=False, bias=True) for group in groups) / 3
+    difference = inside.mean(0) - (other.mean(0) + groups[2].mean(0)) / 2
+    along = np.linalg.solve(
+        within + 0.1 * np.trace(within) / len(within) * np.eye(len(within)), difference.numpy()
+    )
+    at = told_apart(batch, streams.resid[site])
+    found = discriminant(streams, site, at, "corrupted", text)
+    assert found.direction.numpy() == pytest.approx(along / np.linalg.norm(along), abs=1e-4)
+    assert found.high == pytest.approx((inside @ found.direction.double()).mean().item(), rel=1e-4)
+    outside = [(group @ found.direction.double()).mean().item() for group in groups[1:]]
+    assert found.low == pytest.approx(sum(outside) / 2, rel=1e-4, abs=1e-5)
+    assert found.gate(0.0).threshold == found.low < found.gate().threshold < found.gate(1.0).threshold
+    shares = [found.gate(cut).open(text).float().mean().item() for cut in (-9.0, 0.0, 0.5, 1.0, 9.0)]
+    assert shares == sorted(shares, reverse=True)
+    assert (shares[0], shares[-1]) == (1, 0)
+
+
+def test_a_gate_reads_the_stream_as_the_model_does() -> None:
+    resid = torch.tensor([[[0.0, 9.0], [0.4, 9.0], [0.6, 9.0], [1.0, 9.0]]])
+    along = torch.tensor([1.0, 0.0])
+    assert Gate(along, 0.5).open(resid).tolist() == [[False, False, True, True]]
+    centred = Gate(along, -4.25, removes_mean=True)
+    assert centred.open(resid + 100.0).tolist() == centred.open(resid).tolist() == [[False] * 2 + [True] * 2]
 
 
 def test_prompts_are_told_apart_at_their_end_or_where_they_differ(dense) -> None:

@@ -1,0 +1,145 @@
+"""Where a steering's gate opens and how strongly it steers, chosen on training prompts and training text.
+
+A steering is tried at several strengths, and at each behind its reading (`bridges.steering.Discriminant`) cut
+at several places. Chosen is the smallest strength at which enough training prompts flip within a budget of KL
+on training text. Of cuts that flip alike it is the widest: prompts of other templates read lower than those
+that the gate was fitted to. (With whole templates left out of the fit, the narrowest gate that flips as many
+training prompts flips 9 % of the others where the widest flips 36 %.) The reading is fitted to one half of
+the text and the KL is of the other: fitted to both, a wide gate has half the KL there that it has elsewhere.
+Nothing held out is looked at.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from bridges.off_target import HeldOutText, steered
+from bridges.steering import HALF_WAY, Direction, Discriminant, Steering, discriminant, flip_rate, half
+from bridges.tails import PromptTails
+from extractor.config import Config
+from extractor.sites import Site
+from extractor.statistics import undefined
+
+ALIKE = 0.9  # of the most flips
+KEPT = 0.5  # of the most flips: a gate that is all but shut costs no KL, and is no edit
+
+
+class GateConfig(Config):
+    """How a steering's gate and strength are chosen on training prompts and text."""
+
+    kl_budget: float = Field(0.01, gt=0)
+    """On training text, nats/token: half of `limits.off_target_kl`, since held-out text is other text."""
+    goal: float = Field(0.8, gt=0, le=1)
+    """Indirect flip rate on training prompts that makes a strength large enough."""
+    cuts: tuple[float, ...] = Field((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1)
+    """Places tried between the mean reading where nothing is to be added (0) and where the edit acts (1)."""
+    text_blocks: int = Field(128, ge=2)
+    """Of training text: the gate is fitted to every other, the KL is of the rest."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A steering at one strength behind one gate, and what it does on training prompts and text."""
+
+    steering: Steering
+    strength: float
+    cut: float
+    flip_rate: float
+    flip_rate_indirect: float
+    moved: float
+    """Mean indirect change of answer minus distractor on the edited prompts, nats."""
+    kl: float
+    """nats/token; 0 without text."""
+    share_of_tokens: float | None
+    """At which something is added; None without text."""
+
+    def as_json(self) -> dict[str, Any]:
+        no_text = undefined("the gate has seen no text") if self.share_of_tokens is None else None
+        return {
+            "strength": self.strength,
+            "cut": self.cut,
+            "threshold": self.steering.gate.threshold,
+            "train": {
+                "flip_rate": self.flip_rate,
+                "flip_rate_indirect": self.flip_rate_indirect,
+                "kl": no_text or (self.kl if math.isfinite(self.kl) else undefined("it is not finite")),
+                "share_of_tokens": no_text or self.share_of_tokens,
+            },
+        }
+
+
+def fit_steering(
+    vector: Float[Tensor, " d_dense"],
+    site: Site,
+    acts: Float[Tensor, "example seq"],
+    train: PromptTails,
+    text: HeldOutText | None,
+    direction: Direction,
+    strengths: Sequence[float],
+    config: GateConfig,
+) -> Trial:
+    """A vector behind the gate, and at the strength, that do best on training prompts and training text.
+
+    Args:
+        acts: weights of the positions where the vector stands for an edit, as of `told_apart`.
+        text: training text of two blocks at least, never held-out. None: the gate tells only the two sides
+            of the pairs apart, and is cut half way.
+    """
+    seen, unseen = (None, None) if text is None else text.halves
+    told = discriminant(train, site, acts, direction, None if seen is None else seen.resid(site))
+    cuts = (HALF_WAY,) if text is None else config.cuts
+    trials: list[Trial] = []
+    for strength in sorted(set(strengths)):
+        found = [_on_prompts(vector, site, told, cut, strength, train, direction) for cut in cuts]
+        alike = ALIKE * max(trial.flip_rate_indirect for trial in found)
+        for trial in sorted(found, key=lambda t: (-min(t.flip_rate_indirect, alike), t.cut)):
+            trials.append(trial if unseen is None else _on_text(trial, unseen))
+            if trials[-1].kl <= config.kl_budget:
+                break  # the others flip fewer or are narrower
+        if trials[-1].kl <= config.kl_budget and trials[-1].flip_rate_indirect >= config.goal:
+            break
+    return choose(trials, config)
+
+
+def choose(trials: Sequence[Trial], config: GateConfig) -> Trial:
+    """The best of several, ordered by strength.
+
+    The first within the budget that reaches the goal. Or else, of those within it that flip at least half as
+    many prompts as any, the one that flips most, or moves the answers furthest. Or else, over the budget, the
+    one of the smallest KL among those that flip nearly as many as any.
+    """
+    within = [trial for trial in trials if trial.kl <= config.kl_budget]
+    for trial in within:
+        if trial.flip_rate_indirect >= config.goal:
+            return trial
+    most = max(trial.flip_rate_indirect for trial in trials)
+    if kept := [trial for trial in within if trial.flip_rate_indirect >= KEPT * most]:
+        return max(kept, key=lambda trial: (trial.flip_rate_indirect, -trial.moved))
+    return min((t for t in trials if t.flip_rate_indirect >= ALIKE * most), key=lambda trial: trial.kl)
+
+
+def _on_prompts(
+    vector: Tensor,
+    site: Site,
+    told: Discriminant,
+    cut: float,
+    strength: float,
+    train: PromptTails,
+    direction: Direction,
+) -> Trial:
+    steering = Steering(site, vector, told.gate(cut))
+    total, indirect = steered(train, steering, strength)
+    rates = (flip_rate(train, effect, direction) for effect in (total, indirect))
+    moved = (indirect - train.unedited)[half(train.batch, direction)].mean().item()
+    return Trial(steering, strength, cut, *rates, moved, 0.0, None)
+
+
+def _on_text(trial: Trial, text: HeldOutText) -> Trial:
+    effect = text.effect(trial.steering, trial.strength)
+    kl = math.inf if math.isnan(effect.kl) else effect.kl
+    return replace(trial, kl=kl, share_of_tokens=effect.share_of_tokens)
