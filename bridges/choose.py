@@ -20,6 +20,8 @@ from extractor.errors import UsageError
 from extractor.sites import Node, Site
 from extractor.statistics import undefined
 
+SLACK = 0.02  # of a flip rate, a prompt or so, for which no nodes are added
+
 
 @dataclass(frozen=True)
 class Growth:
@@ -106,8 +108,8 @@ def grow_edits(
 
 
 def pick_edit(growths: Sequence[Growth], bridges: BridgeSet, config: EditConfig) -> Edit | None:
-    """The smallest that reaches the goal at the first strength sought, or the one of most nodes there if that
-    is enough; else at the next strength; else what flips most. Of two alike the later site's, which says more.
+    """The smallest that reaches the goal at the first strength sought, or what flips most there if that is
+    enough; else at the next strength; else what flips most. Of two alike the later one, which says more.
     """
     found = _pick(growths, config)
     return None if found is None else found.edit(bridges)
@@ -123,14 +125,17 @@ def _pick(growths: Sequence[Growth], config: EditConfig, *, later: bool = False)
 def _at_strength(
     growths: Sequence[Growth], strength: float, config: EditConfig, *, later: bool = False
 ) -> Found | None:
-    """The smallest set that reaches the goal at this strength, else the one that flips most prompts."""
+    """The smallest set that reaches the goal at this strength, else the one that flips most prompts; of a
+    site's the largest, or one of fewer nodes if that is enough and flips all but as many."""
     most = config.later_max_size if later else config.max_size
     found = []
     for growth in growths:
         if later and not is_later(growth.site):
             continue
-        size = growth.smallest(strength, config.goal, most)
-        found.append(Found(growth, size or min(most, len(growth.sets)), strength, size is not None))
+        reached = growth.smallest(strength, config.goal, most)
+        alike = max(config.enough, max(growth.rates[strength][:most]) - SLACK)
+        size = reached or growth.smallest(strength, alike, most) or min(most, len(growth.sets))
+        found.append(Found(growth, size, strength, reached is not None))
     if reached := [one for one in found if one.reached]:
         return min(reached, key=lambda one: (one.size, -one.growth.site.index))
     return max(found, key=lambda one: (one.rate, one.growth.site.index), default=None)
@@ -174,19 +179,25 @@ def _grow_sites(
 ) -> list[Growth]:
     """At the sites where the nodes that matter most flip the answers furthest; `growths` are those there are
     of other strengths."""
-    searches = []
+    searches: list[SiteSearch] = []
     for site in allowed_sites(bridges, config):
         if nodes := _movable(site, circuit, bridges, config):
-            searches.append(SiteSearch(streams, nodes, site, bridges, strength, config.attribution_points))
-    searches.sort(key=lambda search: search.measure(search.along_path[: config.max_size]).loss)
-    chosen = searches[: config.sites_tried]
-    if config.later_max_size and not any(is_later(search.site) for search in chosen):
-        chosen += [search for search in searches if is_later(search.site)][:1]
+            search = SiteSearch(streams, nodes, site, bridges, strength, config.attribution_points)
+            searches = _most_promising([*searches, search], config)
     grown: list[Growth] = []
-    for search in chosen:
+    for search in searches:
         limit = Limits.of([*growths, *grown], strength, config).at(search.site)
         grown.append(_growth(search, grow(search, limit, config), config))
     return grown
+
+
+def _most_promising(searches: Sequence[SiteSearch], config: EditConfig) -> list[SiteSearch]:
+    """As many as are tried, and a later site among them where an edit of one is wanted."""
+    by_loss = sorted(searches, key=lambda one: one.measure(one.along_path[: config.max_size]).loss)
+    chosen = by_loss[: config.sites_tried]
+    if config.later_max_size and not any(is_later(search.site) for search in chosen):
+        chosen += [search for search in by_loss if is_later(search.site)][:1]
+    return chosen
 
 
 def _movable(site: Site, circuit: Circuit, bridges: BridgeSet, config: EditConfig) -> list[Node]:

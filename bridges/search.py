@@ -50,7 +50,7 @@ class EditConfig(Config):
     goal: float = Field(0.9, gt=0, le=1)
     """Indirect flip rate, on the prompts it is chosen on, that makes an edit large enough."""
     enough: float = Field(0.8, gt=0, le=1)
-    """The same rate, with which an edit of the most nodes is taken before one of a strength wanted less."""
+    """The same rate, with which an edit is taken before one of a strength that is wanted less."""
     sites_tried: int = Field(2, ge=1)
     """Sites at which nodes are searched for, most promising first."""
     control_draws: int = Field(2, ge=1)
