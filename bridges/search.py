@@ -41,7 +41,7 @@ class EditConfig(Config):
     """Also look for the smallest edit after the first attention, of so many nodes at most; 0: do not."""
     candidates: int = Field(4, ge=1)
     """Nodes that are measured before one is added, the most promising first."""
-    swapped: int = Field(2, ge=0)
+    swapped: int = Field(1, ge=0)
     """Nodes of a finished set, the least needed first, for which others are tried; 0: none."""
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0)
     """Strengths measured on held-out prompts; 1 is the counterfactual's own value."""
@@ -110,11 +110,14 @@ class SiteSearch:
         """The set of the least loss; the first of those that are alike."""
         return min(sets, key=lambda chosen: self.measure(chosen).loss)
 
-    def ranked(self, chosen: Sequence[int]) -> list[int]:
-        """What is not in the set: by the effect beside it and by that along the path to all, in turn."""
+    def promising(self, chosen: Sequence[int], count: int) -> list[int]:
+        """So many nodes to add: by their effect beside the set and by that along the path to all, in turn."""
+        left = [index for index in range(len(self.nodes)) if index not in chosen]
+        if len(left) <= count:
+            return left
         here = torch.argsort(self._effects(self.delta(chosen)), stable=True).tolist()
-        in_turn = chain.from_iterable(zip(here, self.along_path, strict=True))
-        return [index for index in dict.fromkeys(in_turn) if index not in chosen]
+        in_turn = dict.fromkeys(chain.from_iterable(zip(here, self.along_path, strict=True)))
+        return [index for index in in_turn if index not in chosen][:count]
 
     @cached_property
     def along_path(self) -> list[int]:
@@ -146,7 +149,7 @@ def grow(search: SiteSearch, max_size: int, config: EditConfig) -> list[list[int
     sets: list[list[int]] = []
     chosen: list[int] = []
     while len(chosen) < min(max_size, len(search.nodes)):
-        grown = [[*chosen, index] for index in search.ranked(chosen)[: config.candidates]]
+        grown = [[*chosen, index] for index in search.promising(chosen, config.candidates)]
         chosen = search.best([*grown, search.along_path[: len(chosen) + 1]])
         sets.append(chosen)
         if search.measure(chosen).rate >= config.goal:
@@ -174,7 +177,7 @@ def swap(search: SiteSearch, chosen: list[int], config: EditConfig) -> list[int]
         least_needed = sorted(without(chosen), key=lambda rest: search.measure(rest).loss)[: config.swapped]
         tried = []
         for rest in least_needed:
-            others = [index for index in search.ranked(rest) if index not in chosen]
+            others = [i for i in search.promising(rest, config.candidates + 1) if i not in chosen]
             tried += [[*rest, index] for index in others[: config.candidates]]
         if not tried:
             break

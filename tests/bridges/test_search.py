@@ -26,15 +26,15 @@ class Toy(SiteSearch):
 
     def __init__(self, loss: Callable[[set[int]], float], size: int):
         self.loss, self.nodes = loss, range(size)
-        self.along_path = self.ranked([])
+        self.along_path = self.promising([], size)
 
     def measure(self, chosen: Collection[int]) -> Outcome:
         loss = self.loss(set(chosen))
         return Outcome(loss, 1.0 if loss <= 0 else 0.0)
 
-    def ranked(self, chosen: Sequence[int]) -> list[int]:
+    def promising(self, chosen: Sequence[int], count: int) -> list[int]:
         left = [index for index in self.nodes if index not in chosen]
-        return sorted(left, key=lambda index: self.loss({*chosen, index}))
+        return sorted(left, key=lambda index: self.loss({*chosen, index}))[:count]
 
 
 def test_a_node_that_the_others_made_superfluous_is_dropped() -> None:
@@ -106,7 +106,9 @@ def test_two_nodes_that_only_act_together_are_found(two_together) -> None:
     assert loss(0) < loss() < loss(5)  # alone it moves the answer the wrong way
     assert loss(0, 1) < loss(0, 5)
     assert search.measure([0, 1, 2, 3]).rate == 0
-    assert {5, 9}.isdisjoint(nodes[index].channel for index in search.ranked([])[:4:2])  # by effect alone
+    assert {5, 9}.isdisjoint(
+        nodes[index].channel for index in search.promising([], 4)[::2]
+    )  # by effect alone
     circuit = Circuit("t", frozenset(nodes), (), "sha", {})
     config = EditConfig(max_size=2, candidates=2)
     edit = pick_edit(grow_edits(streams, circuit, bridges, config), bridges, config)
