@@ -18,7 +18,7 @@ from extractor.sites import Node, Site
 from extractor.tasks import TaskBatch
 
 AT_MLP = Site(0, "resid_mid")
-CONFIG = EditConfig(max_size=4, nodes="student")
+CONFIG = EditConfig(max_size=4, nodes="student", swapped=2)
 
 
 class Toy(SiteSearch):
