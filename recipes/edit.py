@@ -39,7 +39,7 @@ from bridges.crossing import Source
 from bridges.dense import DenseModel
 from bridges.edit import Edit, EditLimits, add_facts, unmet_limits
 from bridges.edit_adapter import export_adapter, export_merged
-from bridges.edit_table import edit_table
+from bridges.edit_table import best_strength, edit_table
 from bridges.fresh import compare_exports
 from bridges.live import LiveEdit
 from bridges.low_rank import Prompts
@@ -255,7 +255,7 @@ def ship(
 
 
 def describe(task: str, edit: Edit, found: dict[str, Any], seconds: float) -> str:
-    best = max(range(len(found["strengths"])), key=lambda i: found["flip_rate_indirect"][i])
+    best = found["strengths"].index(best_strength(found["strengths"], found["flip_rate_indirect"]))
     line = (
         f"{task}: {found['size']} nodes at {edit.site}, strength {found['strengths'][best]}: flips "
         f"{found['flip_rate'][best]:.0%}, indirect {found['flip_rate_indirect'][best]:.0%}; controls "
