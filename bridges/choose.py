@@ -1,145 +1,203 @@
-"""Which nodes of a circuit make the smallest edit, and what it does beside its controls.
+"""Which nodes make the smallest edit, at which site and strength, and what it does beside its controls.
 
-Site and nodes are chosen on training prompts, by the *indirect* effect: the same delta is taken out again
-before the final norm, because a late channel can be nothing but the answer's logit direction.
+Site and nodes are chosen on training and selection prompts, by the *indirect* effect: the same delta is taken
+out again before the final norm, because a late channel can be nothing but the answer's logit direction.
 Everything here is a patch: nodes at one site move to their values on the counterfactual prompt.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
 from bridges.bridge import BridgeSet
-from bridges.crossing import Source
-from bridges.dense import DenseModel
 from bridges.edit import Edit
-from bridges.reading import BridgeReader
-from bridges.tails import PromptTails
+from bridges.search import EditConfig, SiteSearch, grow
+from bridges.streams import PromptStreams
 from extractor.circuit import Circuit
-from extractor.config import Config
-from extractor.sites import Node, Recorder, Site
+from extractor.errors import UsageError
+from extractor.sites import Node, Site
 from extractor.statistics import undefined
-from extractor.student import Student
-from extractor.tasks import TaskBatch
 
-
-class EditConfig(Config):
-    """How an edit is chosen and measured."""
-
-    nodes: Literal["circuit", "student"] = "circuit"
-    """What an edit may move: the circuit's nodes, or any channel that the student reads at the site."""
-    max_size: int = Field(8, ge=1)
-    """Most nodes of an edit."""
-    candidates: int = Field(16, ge=1)
-    """Nodes per site, best ranked first, among which the greedy search chooses."""
-    tried: int = Field(5, ge=1)
-    """Of these, how many are tried in each round after the first."""
-    strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0)
-    """Strengths measured on held-out prompts; 1 is the counterfactual's own value."""
-    sought: tuple[float, ...] = Field((1.0, 2.0), min_length=1)
-    """Strengths for which the smallest edit is looked for, the most wanted first."""
-    goal: float = Field(0.9, gt=0, le=1)
-    """Indirect flip rate on training prompts that makes an edit large enough."""
-    sites_tried: int = Field(2, ge=1)
-    """Sites at which nodes are searched for, most promising first."""
-    control_draws: int = Field(2, ge=1)
-    """Random node sets and random directions, whose flip rates are averaged."""
-    attribution_points: int = Field(3, ge=1)
-    """Steps of the path integral that ranks nodes."""
+SLACK = 0.02  # of a flip rate, a prompt or so, for which no nodes are added
 
 
 @dataclass(frozen=True)
 class Growth:
-    """A site's nodes in the order in which they were added, and what the first n of them do."""
+    """The best set found of each size from 1 on, of one site's nodes, at the strength it was found for."""
 
     site: Site
-    nodes: tuple[Node, ...]
+    strength: float
+    sets: tuple[tuple[Node, ...], ...]
     rates: Mapping[float, Sequence[float]]
-    """Indirect flip rate on training prompts, by strength; one for each size from 1 on."""
+    """Indirect flip rate on the prompts it was chosen on, by strength; one for each size."""
 
-    def smallest(self, strength: float, goal: float) -> int | None:
-        """The least size that reaches the goal; None if none does."""
-        return next((i + 1 for i, rate in enumerate(self.rates[strength]) if rate >= goal), None)
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The largest set."""
+        return self.sets[-1]
+
+    def smallest(self, strength: float, goal: float, max_size: int | None = None) -> int | None:
+        """The least size that reaches the goal; None if none of at most `max_size` does."""
+        rates = self.rates[strength][:max_size]
+        return next((i + 1 for i, rate in enumerate(rates) if rate >= goal), None)
 
 
-class PromptStreams(PromptTails):
-    """One pass of both models over a batch of prompts, from which every edit on it is measured."""
+@dataclass(frozen=True)
+class Found:
+    """One set of a growth, and the strength that it is for."""
 
-    @torch.no_grad()
-    def __init__(
-        self,
-        dense: DenseModel,
-        student: Student,
-        bridges: BridgeSet,
-        batch: TaskBatch,
-        *,
-        source: Source = "student",
-    ):
-        super().__init__(dense, batch)
-        self.presented: dict[str, Tensor] = {}
-        if source == "student":
-            recorder = Recorder(*(site.read_address for site in bridges.sites))
-            student(batch.ids, tap=recorder, logits_to_keep=1)
-            self.presented = recorder.activations
-        else:
-            reader = BridgeReader.of(student, bridges, bridges.sites, {})
-            for site, resid in self.resid.items():
-                self.presented |= reader.read(site, resid)
-        self.dense_rms = {site: bridges.read_scale(resid) for site, resid in self.resid.items()}
+    growth: Growth
+    size: int
+    strength: float
+    reached: bool
+    """The goal, on the prompts it was chosen on."""
 
-    def delta(self, edit: Edit) -> Float[Tensor, "example seq d_dense"]:
-        """What the edit, a patch of reads at one site, adds at strength 1."""
-        presented = self.presented[edit.site.read_address]
-        counterfactual = self.batch.counterfactual(presented)
-        return edit.delta(presented, counterfactual, self.dense_rms[edit.site])
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return self.growth.sets[self.size - 1]
 
-    def flip_rate(self, difference: Float[Tensor, " example"]) -> float:
-        """Share of the prompts answered right without the edit whose answer is another with it."""
-        right = self.unedited > 0
-        return (right & (difference < 0)).sum().item() / max(1, int(right.sum()))
+    @property
+    def rate(self) -> float:
+        return self.growth.rates[self.strength][self.size - 1]
+
+    def edit(self, bridges: BridgeSet) -> Edit:
+        return Edit.from_nodes(self.nodes, self.growth.site, bridges)
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "site": str(self.growth.site),
+            "nodes": [str(node) for node in self.nodes],
+            "size": self.size,
+            "strength": self.strength,
+            "reached": self.reached,
+            "flip_rate_chosen_on": self.rate,
+        }
+
+
+def allowed_sites(bridges: BridgeSet, config: EditConfig) -> list[Site]:
+    """The sites at which edits are looked for.
+
+    Raises:
+        UsageError: a site without a bridge.
+    """
+    known = {str(site): site for site in bridges.sites}
+    if unknown := [name for name in config.sites if name not in known]:
+        raise UsageError(f"edit.sites: no bridge at '{unknown[0]}'; there are {', '.join(known)}")
+    return [site for name, site in known.items() if not config.sites or name in config.sites]
 
 
 def choose_edit(
     streams: PromptStreams, circuit: Circuit, bridges: BridgeSet, config: EditConfig
 ) -> Edit | None:
-    """The smallest edit that reaches the goal on training prompts; None: there is no node to move."""
+    """The smallest edit that reaches the goal on these prompts; None: there is no node to move."""
     return pick_edit(grow_edits(streams, circuit, bridges, config), bridges, config)
 
 
 def grow_edits(
     streams: PromptStreams, circuit: Circuit, bridges: BridgeSet, config: EditConfig
 ) -> list[Growth]:
-    """Node by node, at the sites where the best-ranked nodes together flip most training prompts."""
-    at_sites: list[tuple[float, Site, list[Node]]] = []
-    for site in bridges.sites:
-        if nodes := _movable(site, circuit, bridges, config):
-            ranked = rank_nodes(streams, Edit.from_nodes(nodes, site, bridges), config)[: config.candidates]
-            together = _indirect(streams, Edit.from_nodes(ranked[: config.max_size], site, bridges), config)
-            at_sites.append((sum(together.values()), site, ranked))
-    at_sites.sort(key=lambda scored: -scored[0])
-    return [
-        _grow(streams, site, ranked, bridges, config) for _, site, ranked in at_sites[: config.sites_tried]
-    ]
+    """Sets of nodes for the first strength sought; where those do not reach the goal, for the next, too."""
+    growths: list[Growth] = []
+    for strength in config.sought:
+        growths += _grow_sites(streams, circuit, bridges, strength, config, growths)
+        if Limits.of(growths, strength, config).reached:
+            break
+    return growths
 
 
 def pick_edit(growths: Sequence[Growth], bridges: BridgeSet, config: EditConfig) -> Edit | None:
-    """The smallest that reaches the goal at the first strength sought, else at the next; else the largest
-    of the site where most prompts flip."""
-    if not growths:
-        return None
-    for strength in config.sought:
-        reached = [(size, g) for g in growths if (size := g.smallest(strength, config.goal)) is not None]
-        if reached:
-            size, growth = min(reached, key=lambda found: found[0])
-            return Edit.from_nodes(growth.nodes[:size], growth.site, bridges)
-    growth = max(growths, key=lambda g: sum(rates[-1] for rates in g.rates.values()))
-    return Edit.from_nodes(growth.nodes, growth.site, bridges)
+    """The smallest that reaches the goal at the first strength sought, or what flips most there if that is
+    enough; else at the next strength; else what flips most. Of two alike the later one, which says more.
+    """
+    found = _pick(growths, config)
+    return None if found is None else found.edit(bridges)
+
+
+def _pick(growths: Sequence[Growth], config: EditConfig, *, later: bool = False) -> Found | None:
+    """Of all growths, or of those at later sites and up to their own size."""
+    found = [at for s in config.sought if (at := _at_strength(growths, s, config, later=later))]
+    good = (at for at in found if at.reached or at.rate >= config.enough)
+    return next(good, max(found, key=lambda at: at.rate, default=None))
+
+
+def _at_strength(
+    growths: Sequence[Growth], strength: float, config: EditConfig, *, later: bool = False
+) -> Found | None:
+    """The smallest set that reaches the goal at this strength, else the one that flips most prompts; of a
+    site's the largest, or one of fewer nodes if that is enough and flips all but as many."""
+    most = config.later_max_size if later else config.max_size
+    found = []
+    for growth in growths:
+        if later and not is_later(growth.site):
+            continue
+        reached = growth.smallest(strength, config.goal, most)
+        alike = max(config.enough, max(growth.rates[strength][:most]) - SLACK)
+        size = reached or growth.smallest(strength, alike, most) or min(most, len(growth.sets))
+        found.append(Found(growth, size, strength, reached is not None))
+    if reached := [one for one in found if one.reached]:
+        return min(reached, key=lambda one: (one.size, -one.growth.site.index))
+    return max(found, key=lambda one: (one.rate, one.growth.site.index), default=None)
+
+
+def is_later(site: Site) -> bool:
+    """After the first attention: before it an edit is close to swapping a token's embedding."""
+    return site.index > 0
+
+
+@dataclass
+class Limits:
+    """Most nodes that are worth trying: no more than have reached the goal already."""
+
+    anywhere: int
+    later: int
+    reached: bool
+
+    @classmethod
+    def of(cls, growths: Sequence[Growth], strength: float, config: EditConfig) -> "Limits":
+        found = _at_strength(growths, strength, config)
+        later = _at_strength(growths, strength, config, later=True) if config.later_max_size else None
+        sizes = [
+            one.size if one is not None and one.reached else most
+            for one, most in ((found, config.max_size), (later, config.later_max_size))
+        ]
+        wanted = [found, later] if config.later_max_size else [found]
+        return cls(*sizes, all(one is not None and one.reached for one in wanted))
+
+    def at(self, site: Site) -> int:
+        return max(self.anywhere, self.later) if is_later(site) else self.anywhere
+
+
+def _grow_sites(
+    streams: PromptStreams,
+    circuit: Circuit,
+    bridges: BridgeSet,
+    strength: float,
+    config: EditConfig,
+    growths: Sequence[Growth],
+) -> list[Growth]:
+    """At the sites where the nodes that matter most flip the answers furthest; `growths` are those there are
+    of other strengths."""
+    searches: list[SiteSearch] = []
+    for site in allowed_sites(bridges, config):
+        if nodes := _movable(site, circuit, bridges, config):
+            search = SiteSearch(streams, nodes, site, bridges, strength, config.attribution_points)
+            searches = _most_promising([*searches, search], config)
+    grown: list[Growth] = []
+    for search in searches:
+        limit = Limits.of([*growths, *grown], strength, config).at(search.site)
+        grown.append(_growth(search, grow(search, limit, config), config))
+    return grown
+
+
+def _most_promising(searches: Sequence[SiteSearch], config: EditConfig) -> list[SiteSearch]:
+    """As many as are tried, and a later site among them where an edit of one is wanted."""
+    by_loss = sorted(searches, key=lambda one: one.measure(one.along_path[: config.max_size]).loss)
+    chosen = by_loss[: config.sites_tried]
+    if config.later_max_size and not any(is_later(search.site) for search in chosen):
+        chosen += [search for search in by_loss if is_later(search.site)][:1]
+    return chosen
 
 
 def _movable(site: Site, circuit: Circuit, bridges: BridgeSet, config: EditConfig) -> list[Node]:
@@ -150,64 +208,23 @@ def _movable(site: Site, circuit: Circuit, bridges: BridgeSet, config: EditConfi
 
 
 @torch.no_grad()
-def _indirect(streams: PromptStreams, edit: Edit, config: EditConfig) -> dict[float, float]:
-    """Indirect flip rate on the prompts at every strength sought."""
-    delta = streams.delta(edit)
-    return {s: streams.flip_rate(streams.differences(edit.site, s * delta)[1]) for s in config.sought}
+def _growth(search: SiteSearch, sets: Sequence[Sequence[int]], config: EditConfig) -> Growth:
+    def rate(chosen: Sequence[int], strength: float) -> float:
+        if strength == search.strength:
+            return search.measure(chosen).rate
+        delta = strength / search.strength * search.delta(chosen)
+        return search.streams.flip_rate(search.streams.differences(search.site, delta)[1])
+
+    rates = {s: [rate(chosen, s) for chosen in sets] for s in config.sought}
+    nodes = tuple(tuple(search.nodes[index] for index in chosen) for chosen in sets)
+    return Growth(search.site, search.strength, nodes, rates)
 
 
 @torch.no_grad()
-def _grow(
-    streams: PromptStreams, site: Site, ranked: Sequence[Node], bridges: BridgeSet, config: EditConfig
-) -> Growth:
-    """Add the node that moves the answers furthest, until the goal at the first strength, or the most nodes.
-
-    In the first round every candidate is tried, later those that moved them furthest when last tried.
-    """
-    strength = config.sought[0]
-    chosen: list[Node] = []
-    rates: dict[float, list[float]] = {s: [] for s in config.sought}
-    left = {node: math.inf for node in ranked}
-    right = streams.unedited.sigmoid().mean().item()  # mean probability of the right answer
-
-    def answered(node: Node) -> float:
-        delta = streams.delta(Edit.from_nodes([*chosen, node], site, bridges))
-        return streams.differences(site, strength * delta)[1].sigmoid().mean().item()
-
-    while left and len(chosen) < config.max_size:
-        tried = sorted(left, key=lambda node: -left[node])[: config.tried if chosen else None]
-        results = {node: answered(node) for node in tried}
-        left |= {node: right - result for node, result in results.items()}
-        best = min(tried, key=lambda node: results[node])
-        chosen.append(best)
-        del left[best]
-        right = results[best]
-        for s, rate in _indirect(streams, Edit.from_nodes(chosen, site, bridges), config).items():
-            rates[s].append(rate)
-        if rates[strength][-1] >= config.goal:
-            break
-    return Growth(site, tuple(chosen), rates)
-
-
-@torch.enable_grad()
-def rank_nodes(streams: PromptStreams, edit: Edit, config: EditConfig) -> list[Node]:
-    """Nodes by how far each moves the answer, integrated along the path to all of them moved.
-
-    The gradient of the indirect logit difference at points between no edit and the full one; each
-    node's share is its part of the delta times that gradient.
-    """
-    full = streams.delta(edit)
-    presented = streams.presented[edit.site.read_address]
-    change = streams.batch.counterfactual(presented) - presented
-    change = change[..., [node.channel for node in edit.nodes]] * streams.dense_rms[edit.site]
-    effect = torch.zeros(len(edit.nodes), device=full.device)
-    for point in range(config.attribution_points):
-        delta = ((point + 0.5) / config.attribution_points * full).requires_grad_()
-        moved = streams.differences(edit.site, delta)[1].sum()
-        (gradient,) = torch.autograd.grad(moved, delta)
-        effect += ((gradient @ edit.directions.T) * change).sum((0, 1))
-    order = torch.argsort(effect, stable=True).tolist()  # most negative first: towards the flip
-    return [edit.nodes[index] for index in order]
+def _indirect(streams: PromptStreams, edit: Edit, strengths: Sequence[float]) -> dict[float, float]:
+    """Indirect flip rate on the prompts at every strength."""
+    delta = streams.delta(edit)
+    return {s: streams.flip_rate(streams.differences(edit.site, s * delta)[1]) for s in strengths}
 
 
 @torch.no_grad()
@@ -220,51 +237,71 @@ def growth_facts(
 ) -> dict[str, object]:
     """What every size does on these (held-out) prompts, and what all channels of the site do together.
 
-    `smallest` are the least sizes that reach the goal on training prompts, and what they do here.
+    `smallest` are the least sizes that reach the goal where they were chosen, by strength; `best` the same,
+    or what flips most where nothing reaches it.
     """
+    everything = {growth.site: _everything(streams, growth.site, bridges, config) for growth in growths}
     rows = []
     for growth in growths:
-        site = growth.site
-        sizes = [
-            _indirect(streams, Edit.from_nodes(growth.nodes[: i + 1], site, bridges), config)
-            for i in range(len(growth.nodes))
-        ]
-        width = bridges[site].decoder.in_features
-        everything = Edit.from_nodes([Node(site.read_address, c) for c in range(width)], site, bridges)
+        edits = [Edit.from_nodes(nodes, growth.site, bridges) for nodes in growth.sets]
+        rates = [_indirect(streams, edit, [growth.strength])[growth.strength] for edit in edits]
         row = {
-            "site": str(site),
+            "site": str(growth.site),
+            "strength": growth.strength,
             "nodes": [str(node) for node in growth.nodes],
+            "sets": [[str(node) for node in nodes] for nodes in growth.sets],
             "circuit": [str(node) for node in growth.nodes if node in circuit.nodes],
-            "everything": _indirect(streams, everything, config)[config.sought[0]],
-            "flip_rate_indirect": {f"{s:g}": [size[s] for size in sizes] for s in config.sought},
+            "everything": everything[growth.site],
+            "flip_rate_indirect": {f"{growth.strength:g}": rates},
         }
         rows.append(row)
-    return {
-        "growth": rows,
-        "smallest": {f"{s:g}": _smallest(growths, rows, s, config) for s in config.sought},
-    }
+    smallest, best = {}, {}
+    for found in (at for s in config.sought if (at := _at_strength(growths, s, config))):
+        rates = _indirect(streams, found.edit(bridges), config.sought)
+        name = f"{found.strength:g}"
+        smallest[name] = _smallest(
+            found, rates[found.strength], everything[found.growth.site], circuit, config
+        )
+        best[name] = found.as_json() | {"flip_rate_indirect": {f"{s:g}": rate for s, rate in rates.items()}}
+    return {"growth": rows, "smallest": smallest, "best": best}
 
 
 def _smallest(
-    growths: Sequence[Growth], rows: Sequence[Mapping[str, Any]], strength: float, config: EditConfig
+    found: Found, rate: float, everything: float, circuit: Circuit, config: EditConfig
 ) -> dict[str, object]:
-    reached = [
-        (size, index)
-        for index, growth in enumerate(growths)
-        if (size := growth.smallest(strength, config.goal)) is not None
-    ]
-    if not reached:
-        return undefined(f"no edit of at most {config.max_size} nodes flips {config.goal:.0%} in training")
-    size, index = min(reached)
-    rate = rows[index]["flip_rate_indirect"][f"{strength:g}"][size - 1]
-    full = rows[index]["everything"]
+    if not found.reached:
+        reason = f"no edit of at most {config.max_size} nodes flips {config.goal:.0%} where it was chosen"
+        return undefined(reason)
+    is_in = [node in circuit.nodes for node in found.nodes]
+    inside = sum(is_in) if circuit.nodes else undefined("no circuit of this task was found")
+    share = rate / everything if everything else undefined("all channels together flip nothing")
     return {
-        "size": size,
-        "site": rows[index]["site"],
-        "in_circuit": sum(name in rows[index]["circuit"] for name in rows[index]["nodes"][:size]),
+        "size": found.size,
+        "site": str(found.growth.site),
+        "in_circuit": inside,
         "flip_rate_indirect": rate,
-        "share_of_everything": rate / full if full else undefined("all channels together flip nothing"),
+        "share_of_everything": share,
     }
+
+
+def _everything(streams: PromptStreams, site: Site, bridges: BridgeSet, config: EditConfig) -> float:
+    """Flip rate of all channels that the student reads at the site, moved to the first strength sought."""
+    width = bridges[site].decoder.in_features
+    edit = Edit.from_nodes([Node(site.read_address, channel) for channel in range(width)], site, bridges)
+    return _indirect(streams, edit, config.sought[:1])[config.sought[0]]
+
+
+def later_facts(
+    growths: Sequence[Growth], streams: PromptStreams, bridges: BridgeSet, config: EditConfig, seed: int
+) -> dict[str, object]:
+    """The smallest edit after the first attention on these (held-out) prompts, at the strength it is for."""
+    found = _pick(growths, config, later=True)
+    if found is None:
+        return undefined("no site after the first attention has a node to move")
+    at_once = config.model_copy(update={"strengths": (found.strength,)})
+    measured = measure_edit(streams, found.edit(bridges), bridges, at_once, seed)
+    del measured["strengths"]
+    return found.as_json() | {k: v[0] if isinstance(v, list) else v for k, v in measured.items()}
 
 
 @torch.no_grad()

@@ -15,17 +15,18 @@ from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.checkpoint import DenseConfig, check_same_tokenizer
-from bridges.choose import PromptStreams
 from bridges.crossing import Source
 from bridges.dense import DenseModel
 from bridges.edit import Hashes
+from bridges.streams import PromptStreams
 from extractor.artifacts import fingerprint, read_json
 from extractor.circuit import Circuit
 from extractor.data import DataConfig, TokenBlocks, load_blocks, load_spread
 from extractor.errors import InputError
 from extractor.masks import load_means
 from extractor.student import load_student
-from extractor.tasks import Pair, TaskBatch, encode_pairs, make_pairs
+from extractor.task_specs import PAPER_TASKS
+from extractor.tasks import Pair, TaskBatch, encode_pairs, make_pairs, refuse_unknown_tasks, task_label
 
 Split = Literal["train", "selection", "held_out"]
 TextBlocks = tuple[Int[Tensor, "block token"], Int[Tensor, "block token"] | None]
@@ -68,6 +69,22 @@ class RunModels:
                 f"{', '.join(sorted(self.circuits))}"
             )
         return [self.circuits[task] for task in tasks or sorted(self.circuits)]
+
+    def with_empty(self, tasks: tuple[str, ...]) -> list[Circuit]:
+        """The circuits of these tasks, an empty one where there is none; no tasks: the run's, or the paper's.
+
+        An empty circuit has the task's prompts and no nodes: for what needs a task and no circuit.
+
+        Raises:
+            UsageError: a name that is neither a circuit's nor a task's.
+        """
+        names = {task_label(name): name for name in tasks or sorted(self.circuits) or PAPER_TASKS}
+        refuse_unknown_tasks([name for label, name in names.items() if label not in self.circuits])
+        sha256 = self.hashes.student_sha256
+        return [
+            self.circuits.get(label) or Circuit(label, frozenset(), (), sha256, {"prompts": name})
+            for label, name in names.items()
+        ]
 
     @cached_property
     def means(self) -> dict[str, Tensor]:

@@ -2,10 +2,11 @@
 
     accelerate launch recipes/edit.py --config recipes/python/edit.yaml
 
-Per circuit: nodes and site are chosen on training prompts by the indirect effect, then the edit is
-measured on held-out prompts, on held-out text and on the other tasks, and against what the student predicts;
-with `alternatives.enabled` beside plain directions and a LoRA at equal off-target KL. Reads student/,
-bridges/, circuits/ and evaluation.json of a run folder, writes edits/<task>/ and edits.md. With
+Per circuit: nodes and site are chosen on training and selection prompts by the indirect effect, then the
+edit is measured on held-out prompts, on held-out text and on the other tasks, and against what the student
+predicts; with `alternatives.enabled` beside plain directions and a LoRA at equal off-target KL. Reads
+student/, bridges/, circuits/ and evaluation.json of a run folder, writes edits/<task>/ and edits.md; with
+`edit.nodes student` it needs no circuits, and edits all of the paper's tasks unless others are named. With
 `ship.adapter` there is an adapter/ for PEFT in it, with `ship.merged` a whole checkpoint in merged/, both
 loaded again in a fresh process and compared with the live edit. An edit that does not meet `limits` is saved
 with the reasons, and neither shipped nor loaded, unless `force`.
@@ -25,17 +26,26 @@ from bridges.adapter_effect import adapter_effect, settle, unmet_by_adapter
 from bridges.alternatives import AlternativesConfig, compare_alternatives, plot_alternatives
 from bridges.audit import EditAuditConfig, audit_edit
 from bridges.checkpoint import DenseConfig
-from bridges.choose import EditConfig, grow_edits, growth_facts, measure_edit, pick_edit
+from bridges.choose import (
+    EditConfig,
+    allowed_sites,
+    grow_edits,
+    growth_facts,
+    later_facts,
+    measure_edit,
+    pick_edit,
+)
 from bridges.crossing import Source
 from bridges.dense import DenseModel
 from bridges.edit import Edit, EditLimits, add_facts, unmet_limits
 from bridges.edit_adapter import export_adapter, export_merged
-from bridges.edit_table import edit_table
+from bridges.edit_table import best_strength, edit_table
 from bridges.fresh import compare_exports
 from bridges.live import LiveEdit
 from bridges.low_rank import Prompts
 from bridges.off_target import HeldOutText
 from bridges.run_models import RunModels
+from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
 from extractor.artifacts import read_json, remove_folder, update_manifest
 from extractor.circuit import Circuit
@@ -66,7 +76,8 @@ class EditRecipeConfig(Config):
     """The run folder of recipes/train.py and recipes/extract.py."""
     dense: DenseConfig = DenseConfig()
     tasks: tuple[str, ...] = ()
-    """Which circuits; empty: all of the run."""
+    """Which circuits; empty: all of the run. With `edit.nodes student` any task, as in recipes/extract.py;
+    empty: those of the run's circuits, or without any the paper's."""
     edit: EditConfig = EditConfig()
     source: Source = "student"
     """What tells the sparse activation: the `student` run alongside, or the `bridge`'s encoder on the dense
@@ -81,8 +92,10 @@ class EditRecipeConfig(Config):
     """Held-out blocks for off-target effects."""
     audit: EditAuditConfig = EditAuditConfig()
     alternatives: AlternativesConfig = AlternativesConfig()
+    search_pairs: int = Field(16, ge=2)
+    """Training pairs, and as many selection pairs, on which site and nodes are chosen."""
     train_pairs: int = Field(32, ge=2)
-    """Training pairs on which site and nodes are chosen."""
+    """Training pairs from which the steering form and adapters are made."""
     held_out_pairs: int = Field(64, ge=2)
     other_pairs: int = Field(16, ge=2)
     """Held-out pairs of every other task, on which the edit should change nothing."""
@@ -94,7 +107,12 @@ class Bench:
 
     def __init__(self, config: EditRecipeConfig, device: torch.device):
         self.config = config
-        self.models = RunModels(config.run, config.dense, device, config.seed)
+        of_student = config.edit.nodes == "student"
+        self.models = RunModels(config.run, config.dense, device, config.seed, needs_circuits=not of_student)
+        allowed_sites(self.models.bridges, config.edit)
+        find = self.models.with_empty if of_student else self.models.chosen
+        self.circuits = find(config.tasks)
+        self.every = self.models.circuits | {circuit.task: circuit for circuit in self.circuits}
         self.bridge_facts = read_json(config.run / "evaluation.json", "evaluation", "recipes/train.py")[
             "bridges"
         ]
@@ -102,7 +120,7 @@ class Bench:
         self.text = HeldOutText(self.models.dense, *held_out)
         self.others = {
             task: PromptTails(self.models.dense, self.models.prompts(circuit, "held_out", config.other_pairs))
-            for task, circuit in self.models.circuits.items()
+            for task, circuit in self.every.items()
         }
 
 
@@ -113,7 +131,7 @@ def main(config: EditRecipeConfig) -> None:
     fast_fp32()
     state = start_processes()
     bench = Bench(config, state.device)
-    circuits = bench.models.chosen(config.tasks)
+    circuits = bench.circuits
     mine = circuits[state.process_index :: state.num_processes]
     for circuit in (bar := tqdm(mine, desc="edit", disable=not state.is_main_process)):
         bar.write(make_edit(bench, circuit))
@@ -135,20 +153,23 @@ def main(config: EditRecipeConfig) -> None:
 def make_edit(bench: Bench, circuit: Circuit) -> str:
     """Choose, measure, save and ship one task's edit; returns the line that says what came of it."""
     config, models, started = bench.config, bench.models, time.monotonic()
-    train = models.streams(models.prompts(circuit, "train", config.train_pairs), config.source)
-    held_out = models.streams(models.prompts(circuit, "held_out", config.held_out_pairs), config.source)
-    growths = grow_edits(train, circuit, models.bridges, config.edit)
+    growths = grow_edits(search_streams(bench, circuit), circuit, models.bridges, config.edit)
     chosen = pick_edit(growths, models.bridges, config.edit)
     folder = config.run / "edits" / circuit.task
     if chosen is None:
         remove_folder(folder)  # what an earlier circuit gave is not this one's
         return f"{circuit.task}: the circuit reads no residual channel; no edit"
+    train = models.streams(models.prompts(circuit, "train", config.train_pairs), config.source)
+    held_out = models.streams(models.prompts(circuit, "held_out", config.held_out_pairs), config.source)
     found = measure_edit(held_out, chosen, models.bridges, config.edit, config.seed)
     found |= growth_facts(growths, held_out, circuit, models.bridges, config.edit)
+    if config.edit.later_max_size:
+        found["later"] = later_facts(growths, held_out, models.bridges, config.edit, config.seed)
     others = {task: tails for task, tails in bench.others.items() if task != circuit.task}
+    tried = frozenset(node for growth in growths for node in growth.nodes)
     found |= audit_edit(
         chosen,
-        circuit,
+        circuit if circuit.nodes else replace(circuit, nodes=tried),  # whose effects the student predicts
         train,
         held_out,
         models.student,
@@ -179,6 +200,14 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
     return describe(circuit.task, edit, found, time.monotonic() - started)
 
 
+def search_streams(bench: Bench, circuit: Circuit) -> PromptStreams:
+    """Training and selection prompts: more templates than either has, and none of them held out."""
+    splits = (
+        bench.models.prompts(circuit, split, bench.config.search_pairs) for split in ("train", "selection")
+    )
+    return bench.models.streams(TaskBatch.join(*splits), bench.config.source)
+
+
 def with_refusals(bench: Bench, chosen: Edit, off_target_kl: Any) -> Edit:
     """The chosen patch as an edit of these weights, with the limits that it does not meet."""
     config, models = bench.config, bench.models
@@ -201,7 +230,7 @@ def ship(
     live = LiveEdit(edit, models.dense, models.student)
     others = [
         models.prompts(other, "train", bench.config.train_pairs)
-        for other in models.circuits.values()
+        for other in bench.every.values()
         if other is not circuit
     ]
     prompts = Prompts.of_task(held_out, live)
@@ -226,7 +255,7 @@ def ship(
 
 
 def describe(task: str, edit: Edit, found: dict[str, Any], seconds: float) -> str:
-    best = max(range(len(found["strengths"])), key=lambda i: found["flip_rate_indirect"][i])
+    best = found["strengths"].index(best_strength(found["strengths"], found["flip_rate_indirect"]))
     line = (
         f"{task}: {found['size']} nodes at {edit.site}, strength {found['strengths'][best]}: flips "
         f"{found['flip_rate'][best]:.0%}, indirect {found['flip_rate_indirect'][best]:.0%}; controls "

@@ -77,6 +77,34 @@ def test_an_edit_ships_as_adapter_and_is_compared(run: Path, tiny_checkpoint, mo
     assert "| `with_as` |" in (run / "edits.md").read_text()
 
 
+def test_edits_of_any_channel_need_no_circuits(run: Path, tiny_checkpoint, monkeypatch, capsys) -> None:
+    """A student and its bridges are enough, as they ship: tasks by name, one answer more for later sites."""
+    for name in ("circuits", "circuits.md", "thresholds.json"):
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    options = [*EDIT, "--run", run, "--dense.path", tiny_checkpoint]
+    options += ["--edit.nodes", "student", "--edit.candidates", "1", "--edit.swapped", "0"]
+    for wrong, message in (
+        (["--tasks", "[with_is]"], "did you mean 'with_as'"),
+        (["--edit.sites", "[5.resid_mid]"], "edit.sites: no bridge at '5.resid_mid'; there are 0.resid_pre,"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run_in_process(monkeypatch, "edit", *options, *wrong)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    options += ["--edit.later_max_size", "5", "--tasks", "[with_as, else_elif]"]
+    run_in_process(monkeypatch, "edit", *options)
+    for task in ("with_as", "else_elif"):
+        edit = json.loads((run / "edits" / task / "edit.json").read_text())
+        assert edit["later"]["site"] != "0.resid_pre"
+        assert edit["later"]["size"] == len(edit["later"]["nodes"]) <= 5
+        assert {"flip_rate", "control_random_node", "num_prompts"} <= set(edit["later"])
+        assert set(edit["best"]) == {"1", "2"}
+        assert edit["best"]["1"]["size"] <= 4
+        assert edit["prediction"]["num_points"] > 0
+    assert "| `else_elif` |" in (run / "edits.md").read_text()
+
+
 def test_an_adapter_that_misses_what_the_edit_adds_is_not_kept(
     run: Path, tiny_checkpoint, monkeypatch
 ) -> None:
