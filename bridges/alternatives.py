@@ -30,7 +30,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bridges.bridge import BridgeSet
-from bridges.choose import PromptStreams
 from bridges.edit import Edit
 from bridges.flip_curves import Curve, DeltaOf, EditedPrompts, curve_json, measure_curve
 from bridges.off_target import HeldOutText
@@ -42,6 +41,7 @@ from bridges.plain_directions import (
 )
 from bridges.steering import DIRECTIONS, Direction, Steering, acts_at, mean_vector, told_apart
 from bridges.steering_gate import GateConfig, fit_steering
+from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
 from bridges.task_lora import TaskLora, TaskLoraConfig, train_lora
 from extractor.config import Config

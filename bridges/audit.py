@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bridges.bridge import BridgeSet
-from bridges.choose import PromptStreams
 from bridges.edit import Edit
 from bridges.off_target import HeldOutText, other_tasks, steered
 from bridges.prediction import PredictionConfig, node_pool, prediction
 from bridges.steering import DIRECTIONS, Direction, Steering, acts_at, flip_rate, half, mean_vector
 from bridges.steering_gate import GateConfig, Trial, fit_steering
+from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
 from extractor.circuit import Circuit
 from extractor.config import Config

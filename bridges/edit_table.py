@@ -9,15 +9,17 @@ from extractor.errors import InputError
 GOAL = 0.8  # of indirect flips: an edit's strength is the least that reaches it, or else the best
 FORM = "gated"  # in which edit and difference of means are compared
 COLUMNS = (
-    "task", "site", "nodes", "smallest at strength 1 / 2", "strength", "flips: indirect / total",
+    "task", "site", "nodes", "smallest at strength 1 / 2 (flips)", "strength", "flips: indirect / total",
     "share of all channels' effect", "random nodes / direction", "steering: prompts, strength",
     "its flips: indirect / total", "its KL on text", "fires on", "student predicts (r)",
-    "flips at equal KL: edit / difference of means", "refused",
+    "flips at equal KL: edit / difference of means",
+    "after the first attention: nodes, site, strength (flips)", "refused",
 )  # fmt: skip
 NOTES = """
 Patch: each prompt's nodes at the counterfactual prompt's values; flip rates of held-out prompts, at the least
 strength with at least 80 % by the indirect effect, or else at the best. Its share is of the indirect change
-of answer minus distractor, in nats, that all channels of the site make at that strength.
+of answer minus distractor, in nats, that all channels of the site make at that strength. The smallest are the
+sets that reach the goal where they were chosen, here with their indirect flips on held-out prompts.
 Steering: one vector behind a gate, both chosen on training prompts and text; its flips and its KL to the
 unedited model (held-out text, nats/token) are at the same strength, which is its own.
 Edit against difference of means: both gated, within the limit of off-target KL, by the indirect effect.
@@ -38,7 +40,7 @@ def _row(edit: Mapping[str, Any]) -> list[str]:
         f"`{edit['task']}`",
         edit["site"],
         str(edit["size"]),
-        " / ".join(number(at(found, "size")) for found in edit["smallest"].values()),
+        " / ".join(map(_smallest, edit["smallest"].values())),
         strength,
         f"{percent(edit['flip_rate_indirect'][index])} / {percent(edit['flip_rate'][index])}",
         percent(at(edit, "share_of_all_channels", strength)),
@@ -49,8 +51,22 @@ def _row(edit: Mapping[str, Any]) -> list[str]:
         percent(at(steering, "share_of_tokens"), 2),
         number(at(edit, "prediction", "stream", "pearson")),
         _against_means(edit),
+        _later(edit),
         "yes" if edit["refusals"] else "no",
     ]
+
+
+def _smallest(found: Mapping[str, Any]) -> str:
+    size = at(found, "size")
+    return "-" if size is None else f"{size} ({percent(at(found, 'flip_rate_indirect'))})"
+
+
+def _later(edit: Mapping[str, Any]) -> str:
+    later = at(edit, "later")
+    if at(later, "size") is None:
+        return "-"
+    flips = percent(at(later, "flip_rate_indirect"))
+    return f"{later['size']}, {later['site']}, {later['strength']:g} ({flips})"
 
 
 def _named(direction: str | None, strength: float | None) -> str:

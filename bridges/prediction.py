@@ -23,8 +23,10 @@ from scipy import stats
 from torch import Tensor
 
 from bridges.bridge import BridgeSet
-from bridges.choose import EditConfig, PromptStreams, rank_nodes, sorted_nodes
+from bridges.choose import sorted_nodes
 from bridges.edit import Edit
+from bridges.search import SiteSearch
+from bridges.streams import PromptStreams
 from extractor.circuit import Circuit
 from extractor.config import Config
 from extractor.intervention import patch
@@ -118,8 +120,8 @@ def node_pool(
         return reads, "the circuit"
     width = bridges[edit.site].decoder.in_features
     every = [Node(edit.site.read_address, channel) for channel in range(width)]
-    ranked = rank_nodes(train, Edit.from_nodes(every, edit.site, bridges), EditConfig())
-    nodes = list(dict.fromkeys([*edit.nodes, *ranked]))[:RANKED]
+    ranked = SiteSearch(train, every, edit.site, bridges).along_path
+    nodes = list(dict.fromkeys([*edit.nodes, *(every[index] for index in ranked)]))[:RANKED]
     return nodes, f"the {len(nodes)} channels at {edit.site} that move training answers most"
 
 

@@ -23,7 +23,7 @@ from accelerate import PartialState
 
 from bridges.behaviour import compare_behaviour
 from bridges.checkpoint import DenseConfig
-from bridges.choose import EditConfig, measure_edit
+from bridges.choose import measure_edit
 from bridges.claims import Thresholds, check_criteria
 from bridges.drawing import finite
 from bridges.edit import Edit
@@ -31,6 +31,7 @@ from bridges.evaluate import compare_on_text
 from bridges.report_file import read_report
 from bridges.report_values import at, entries, verdict
 from bridges.run_models import RunModels, run_text
+from bridges.search import EditConfig
 from extractor.data import DataConfig, load_spread
 from extractor.errors import InputError
 from extractor.evidence import EvidenceConfig, gather_evidence

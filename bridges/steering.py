@@ -19,9 +19,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bridges.bridge import BridgeSet
-from bridges.choose import PromptStreams
 from bridges.crossing import cross
 from bridges.edit import Edit
+from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
 from extractor.errors import InputError
 from extractor.intervention import Intervention, steer

@@ -27,7 +27,6 @@ from bridges.alternatives import AlternativesConfig, compare_alternatives, plot_
 from bridges.audit import EditAuditConfig, audit_edit
 from bridges.checkpoint import DenseConfig
 from bridges.choose import (
-    EditConfig,
     allowed_sites,
     grow_edits,
     growth_facts,
@@ -45,6 +44,7 @@ from bridges.live import LiveEdit
 from bridges.low_rank import Prompts
 from bridges.off_target import HeldOutText
 from bridges.run_models import RunModels
+from bridges.search import EditConfig
 from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
 from extractor.artifacts import read_json, remove_folder, update_manifest
@@ -89,7 +89,7 @@ class EditRecipeConfig(Config):
     data: DataConfig = DataConfig()
     """The run's own text: off-target effects are measured on its held-out part."""
     text_blocks: int = Field(32, ge=2)
-    """Held-out blocks for off-target effects."""
+    """Held-out blocks for off-target effects; as many training blocks teach a steering's gate to shut."""
     audit: EditAuditConfig = EditAuditConfig()
     alternatives: AlternativesConfig = AlternativesConfig()
     search_pairs: int = Field(16, ge=2)
@@ -116,8 +116,10 @@ class Bench:
         self.bridge_facts = read_json(config.run / "evaluation.json", "evaluation", "recipes/train.py")[
             "bridges"
         ]
-        held_out = self.models.text(config.data, "held_out", config.text_blocks)
-        self.text = HeldOutText(self.models.dense, *held_out)
+        self.text, self.train_text = (
+            HeldOutText(self.models.dense, *self.models.text(config.data, split, config.text_blocks))
+            for split in ("held_out", "train")
+        )
         self.others = {
             task: PromptTails(self.models.dense, self.models.prompts(circuit, "held_out", config.other_pairs))
             for task, circuit in self.every.items()
@@ -166,10 +168,9 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
     if config.edit.later_max_size:
         found["later"] = later_facts(growths, held_out, models.bridges, config.edit, config.seed)
     others = {task: tails for task, tails in bench.others.items() if task != circuit.task}
-    tried = frozenset(node for growth in growths for node in growth.nodes)
     found |= audit_edit(
         chosen,
-        circuit if circuit.nodes else replace(circuit, nodes=tried),  # whose effects the student predicts
+        circuit,
         train,
         held_out,
         models.student,
@@ -177,6 +178,7 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
         bench.text,
         others,
         config.audit,
+        train_text=bench.train_text,
         strengths=[strength for strength in config.edit.strengths if strength],
         seed=config.seed,
     )
@@ -192,6 +194,8 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
             models.bridges,
             config.alternatives,
             config.seed,
+            train_text=bench.train_text,
+            gate=config.audit.gate,
         )
         add_facts(folder, {"alternatives": compared})
         plot_alternatives(compared, folder / "alternatives.svg")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from bridges.adapter_effect import settle, unmet_by_fit
-from bridges.choose import PromptStreams
 from bridges.edit import Edit, EditLimits, refuse, unmet_limits
 from bridges.edit_adapter import export_adapter
 from bridges.live import LiveEdit
@@ -19,6 +18,7 @@ from bridges.low_rank import Prompts
 from bridges.off_target import HeldOutText, steered
 from bridges.run_models import RunModels
 from bridges.steering import DIRECTIONS, Direction, half, steering_form
+from bridges.streams import PromptStreams
 from extractor.artifacts import read_json
 from extractor.circuit import Circuit
 from extractor.data import DataConfig

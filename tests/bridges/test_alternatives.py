@@ -17,7 +17,6 @@ from bridges.alternatives import (
     random_nodes,
     steered_curve,
 )
-from bridges.choose import PromptStreams
 from bridges.dense import DenseModel
 from bridges.edit import Edit
 from bridges.evaluate import measure_energies_
@@ -32,6 +31,7 @@ from bridges.plain_directions import (
 )
 from bridges.steering import DIRECTIONS, acts_at, half, told_apart
 from bridges.steering_gate import GateConfig, fit_steering
+from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
 from bridges.task_lora import TaskLoraConfig
 from bridges.warm_start import StudentShape, make_student

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bridges.checkpoint import DenseConfig
-from bridges.choose import EditConfig, measure_edit
+from bridges.choose import measure_edit
 from bridges.compare import FIRST_TOKEN, ShowConfig, TextSample, compare_text, score_text
 from bridges.compare_figures import calibration_bins, calibration_error, correlation_interval
 from bridges.compare_table import code, comparison_tables
@@ -21,6 +21,7 @@ from bridges.edit import Edit
 from bridges.edit_table import best_strength
 from bridges.evaluate import compare_on_text, measure_energies_
 from bridges.run_models import RunModels
+from bridges.search import EditConfig
 from bridges.token_classes import CLASSES
 from bridges.warm_start import StudentShape, make_student
 from extractor.artifacts import fingerprint, write_json

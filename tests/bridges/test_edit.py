@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from bridges.bridge import BridgeSet
-from bridges.choose import EditConfig, PromptStreams, choose_edit, measure_edit
+from bridges.choose import choose_edit, measure_edit
 from bridges.coupled import CoupledModel, LossConfig
 from bridges.dense import DenseModel
 from bridges.edit import Edit, EditLimits, Hashes, add_facts, unmet_limits
 from bridges.evaluate import measure_energies_
 from bridges.live import LiveEdit
 from bridges.losses import kl_divergence, log_probs, normalised_mse
+from bridges.search import EditConfig
+from bridges.streams import PromptStreams
 from bridges.warm_start import StudentShape, make_student
 from extractor.circuit import Circuit
 from extractor.errors import InputError

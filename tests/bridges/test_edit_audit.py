@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from bridges.audit import EditAuditConfig, audit_edit, audit_steering, log_odds, share_of_all
-from bridges.choose import PromptStreams
 from bridges.dense import DenseModel
 from bridges.edit import Edit
 from bridges.evaluate import measure_energies_
@@ -22,6 +21,7 @@ from bridges.prediction import (
 )
 from bridges.steering import acts_at, flip_rate, mean_vector, steering_form
 from bridges.steering_gate import fit_steering
+from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
 from bridges.warm_start import StudentShape, make_student
 from extractor.circuit import Circuit

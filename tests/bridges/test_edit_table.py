@@ -15,7 +15,7 @@ EDIT = {
     "flip_rate_indirect": [0.0, 0.1, 0.4, 0.9],
     "control_random_node": [0.0, 0.0, 0.01, 0.02],
     "control_random_direction": [0.0, 0.0, 0.03, 0.04],
-    "smallest": {"1": {"undefined": "none"}, "2": {"size": 3, "share_of_everything": 0.5}},
+    "smallest": {"1": {"undefined": "none"}, "2": {"size": 3, "flip_rate_indirect": 0.86}},
     "share_of_all_channels": {"0.5": {"value": 0.31}, "1": {"value": 0.42}, "2": {"value": 0.53}},
     "off_target_kl": 0.0123,
     "steering_form": {
@@ -52,8 +52,16 @@ def test_flips_and_kl_of_the_steering_are_its_own_at_one_strength() -> None:
     assert row["its flips: indirect / total"] == "83 % / 87 %"
     assert row["its KL on text"] == "0.0123"
     assert row["fires on"] == "1.25 %"
-    assert row["smallest at strength 1 / 2"] == "- / 3"
+    assert row["smallest at strength 1 / 2 (flips)"] == "- / 3 (86 %)"
     assert row["student predicts (r)"] == "0.987"
+
+
+def test_the_edit_after_the_first_attention_stands_beside_the_other() -> None:
+    name = "after the first attention: nodes, site, strength (flips)"
+    assert cells(EDIT)[name] == "-"
+    assert cells(EDIT | {"later": {"undefined": "no node to move"}})[name] == "-"
+    later = {"site": "1.resid_mid", "size": 9, "strength": 1.0, "flip_rate_indirect": 0.84}
+    assert cells(EDIT | {"later": later})[name] == "9, 1.resid_mid, 1 (84 %)"
 
 
 def test_the_difference_of_means_has_both_rates_and_the_word() -> None:

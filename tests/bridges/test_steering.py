@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from bridges.choose import PromptStreams
 from bridges.dense import DenseModel
 from bridges.edit import Edit
 from bridges.evaluate import measure_energies_
@@ -19,6 +18,7 @@ from bridges.steering import (
     steering_form,
     told_apart,
 )
+from bridges.streams import PromptStreams
 from bridges.warm_start import StudentShape, make_student
 from extractor.errors import InputError
 from extractor.rotation import RotationConfig
