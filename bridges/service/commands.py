@@ -14,6 +14,7 @@ from bridges.service.jobs import ENDED, RECIPES, JobFolder
 from extractor.errors import MachineError
 
 DAY = 86400.0
+LOOK = 10.0  # seconds between two questions to an engine
 WORKER = ("lease", "grace", "attempts", "launcher")
 
 
@@ -36,6 +37,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def submit(arguments: argparse.Namespace) -> int:
+    from bridges.drawing import visible
     from bridges.service.queue import Queue
     from bridges.service.submit import from_command_line
 
@@ -51,19 +53,17 @@ def submit(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         sys.stdout.write(engine.render(job))
     else:
-        sys.stdout.write(f"{job.id} {engine.submit(job)}\n")
+        sys.stdout.write(f"{job.id} {visible(engine.submit(job))}\n")
     return 0
 
 
 def jobs(arguments: argparse.Namespace) -> int:
     from bridges.service.follow import as_table, view
-    from bridges.service.jobs import job_folders
     from bridges.service.queue import Queue
+    from bridges.service.runners import handed_over
 
-    elsewhere = [folder.read() for folder in job_folders(arguments.runs) if folder.engine.is_file()]
-    found = [
-        (job, status) for _, job, status in Queue(arguments.runs).page(limit=arguments.limit)
-    ] + elsewhere
+    found = [(job, status) for _, job, status in Queue(arguments.runs).page(limit=arguments.limit)]
+    found += handed_over(arguments.runs, ask=True)[: arguments.limit]
     if arguments.json:
         views = [view(arguments.runs, job, status).model_dump() for job, status in found]
         sys.stdout.write(json.dumps(views, indent=1) + "\n")
@@ -73,21 +73,25 @@ def jobs(arguments: argparse.Namespace) -> int:
 
 
 def logs(arguments: argparse.Namespace) -> int:
-    from bridges.service.follow import read_log
+    from bridges.service.follow import for_terminal, read_log
     from bridges.service.queue import Queue
-    from bridges.service.runners import engine_of
+    from bridges.service.runners import asked, engine_of
 
-    queue, offset = Queue(arguments.runs), 0
+    queue, offset, next_look = Queue(arguments.runs), 0, 0.0
     engine = engine_of(arguments.runs, Path(), arguments.job)
+    job = queue.get(arguments.job)[0] if engine is None else engine[1]
+    folder, is_over = JobFolder(arguments.runs, job.run, job.id), False
     while True:
+        # First the state, then the log: what was written before the end is not missed.
         if engine is None:
-            job, status = queue.get(arguments.job)
-        else:
-            job, status = JobFolder(arguments.runs, engine[1].run, arguments.job).read()
-        text, offset = read_log(JobFolder(arguments.runs, job.run, job.id), offset)
-        sys.stdout.write(text)
+            is_over = queue.get(job.id)[1].state in ENDED
+        elif arguments.follow and time.monotonic() >= next_look:
+            status = asked(*engine, folder.read()[1])
+            is_over, next_look = status.state in ENDED, time.monotonic() + LOOK
+        text, offset = read_log(folder, offset)
+        sys.stdout.write(for_terminal(text))
         sys.stdout.flush()
-        if not text and (not arguments.follow or status.state in ENDED):
+        if not text and (not arguments.follow or is_over):
             return 0
         if not text:
             time.sleep(0.5)
@@ -99,7 +103,7 @@ def cancel(arguments: argparse.Namespace) -> int:
 
     if (engine := engine_of(arguments.runs, Path(), arguments.job)) is not None:
         engine[0].cancel(engine[1])
-        sys.stdout.write(f"{arguments.job}: {engine[0].poll(engine[1])[0]}\n")
+        sys.stdout.write(f"{engine[1].id}: {engine[0].poll(engine[1])[0]}\n")
         return 0
     status = Queue(arguments.runs).cancel(arguments.job)
     word = "it writes a checkpoint and stops" if status.is_cancelling else status.state

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from bridges.drawing import visible
 from bridges.service.jobs import ENDED, Job, JobFolder, State, Status
 from bridges.service.queue import Queue
 from bridges.service.redact import redact
@@ -22,6 +23,7 @@ from extractor.artifacts import read_json
 EVERY = 0.5  # seconds between two looks at the files
 CHUNK = 1 << 16  # bytes of log in one event
 ROWS = 500  # metric rows in one event
+PRINTED = re.compile(r"[^\n\t]+")
 CURSOR = re.compile(r"(\d{1,12})\.(\d{1,15})")
 
 
@@ -116,6 +118,11 @@ def read_log(folder: JobFolder, offset: int, limit: int = CHUNK) -> tuple[str, i
     return data[:cut].decode("utf-8", "replace"), offset + cut
 
 
+def for_terminal(text: str) -> str:
+    """Lines of a log, with whatever a terminal would obey instead of show spelled out."""
+    return PRINTED.sub(lambda found: visible(found[0]), text)
+
+
 async def events(queue: Queue, job_id: str, cursor: str | None) -> AsyncIterator[str]:
     """Server-sent events of a job until it has ended: `job`, `metrics`, `log`, and at last `end`.
 
@@ -157,7 +164,8 @@ def as_table(rows: list[tuple[Job, Status]], runs: Path) -> str:
         bar = "" if own is None else f"{own.what} {own.done:g}/{own.total:g}, {own.left} left"
         text = bar if status.state == "running" else ""
         reason = " ".join(status.reason.split())[:80]
-        lines.append((job.id, job.run, job.recipe, status.state, str(status.attempt), text, reason))
+        words = (job.id, job.run, job.recipe, status.state, str(status.attempt), text, reason)
+        lines.append(tuple(map(visible, words)))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "".join(
         "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() + "\n"

@@ -38,6 +38,8 @@ def leave(code, words):
 
 if mode == "mistake":
     leave(2, "tasks: no such task")
+elif mode == "gives_up":  # says that it can go on, and nobody had asked it to stop
+    leave(int(sys.argv[2]), "interrupted")
 elif mode == "crash":
     raise RuntimeError("it always breaks")
 elif mode == "kill_parent":
@@ -149,6 +151,14 @@ def test_a_poison_job_fails_after_its_attempts_and_the_queue_goes_on(queue: Queu
     assert "2 attempts in a row came to nothing" in ended(queue, poison).reason
     assert ended(queue, fine).state == "done"
     assert len(attempts(home)) <= 3
+
+
+@pytest.mark.parametrize("code", ["75", "130"])
+def test_a_job_that_stops_unasked_again_and_again_fails(queue: Queue, home: Path, code: str) -> None:
+    job = queue.submit(Job.new("run", "train", ["gives_up", code, "--run", "runs/run"]))
+    work(queue, home, attempts=2)
+    assert ended(queue, job).state == "failed"
+    assert "2 attempts in a row came to nothing: interrupted" in ended(queue, job).reason
 
 
 def test_attempts_that_get_further_are_not_counted(queue: Queue, home: Path) -> None:
