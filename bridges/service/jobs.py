@@ -53,7 +53,7 @@ class Job:
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 200:
             raise UsageError("idempotency key: 1 to 200 characters")
         # The same key gives the same id: a repeated request finds the job, even in files without an index.
-        own = f"{run}\n{idempotency_key}".encode() if idempotency_key else secrets.token_bytes(32)
+        own = idempotency_key.encode() if idempotency_key else secrets.token_bytes(32)
         return cls(f"j{hashlib.sha256(own).hexdigest()[:23]}", run, recipe, tuple(arguments),
                    idempotency_key=idempotency_key)  # fmt: skip
 

@@ -12,6 +12,7 @@ is its crossing, which everything after reads. One question at a time: who serve
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ from extractor.sites import Node
 from extractor.statistics import undefined
 from extractor.task_tokens import tokens_of
 
+SHOWN_NODES = 500  # of a circuit, on the page; a request may name any
 TASK_PAIRS = 64  # held-out pairs of a task, whose answers are known
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 Stamp = list[tuple[str, int, int]]
@@ -98,7 +100,8 @@ class LiveDesk:
         return self._stamp == _stamp(self.run)
 
     def tasks(self) -> list[dict[str, Any]]:
-        """Every circuit: verdict, nodes (the first matter most), edit (None: there is none), an example."""
+        """Every circuit: verdict, nodes (the first matter most; `of_nodes` in all), edit (None: there is
+        none), an example."""
         found = []
         for task, circuit in sorted(self.models.circuits.items()):
             edit, verdict = self.edits.get(task), circuit.evidence.get("verdict")
@@ -106,7 +109,8 @@ class LiveDesk:
                 {
                     "task": task,
                     "verdict": verdict["word"] if verdict else undefined("not judged"),
-                    "nodes": list(map(str, self.nodes[task])),
+                    "nodes": list(map(str, islice(self.nodes[task], SHOWN_NODES))),
+                    "of_nodes": len(self.nodes[task]),
                     "edit": None if edit is None else _edit_facts(edit),
                     "example": circuit.evidence.get("example") or undefined("none is recorded"),
                 }
