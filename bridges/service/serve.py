@@ -118,6 +118,13 @@ def serve(
         MachineError: the extra `serve` is not installed, or the port is taken.
         UsageError: an address that needs a token, and there is none; a new token without a file for it.
     """
+    if new_token:
+        if token_file is None:
+            raise UsageError("--new_token makes a token in --token_file; name one")
+        make_token(token_file)
+    token = find_token(token_file, os.environ)
+    # Before anything that takes seconds: whoever asks already waits for it.
+    bound, settings = open_port(host, port, token, allowed_hosts)
     try:
         import uvicorn
 
@@ -128,19 +135,10 @@ def serve(
         ) from None
     from bridges.service.guard import Guard
     from bridges.service.sessions import Sessions
-    from extractor.machine import fast_fp32, use_all_cores
 
-    if new_token and token_file is None:
-        raise UsageError("--new_token makes a token in --token_file; name one")
     runs.mkdir(parents=True, exist_ok=True)
     runs, home = runs.resolve(), home.resolve()
     os.chdir(home)  # what configs name is relative to it, as for the recipes
-    use_all_cores()
-    fast_fp32()
-    if new_token:
-        make_token(token_file)
-    token = find_token(token_file, os.environ)
-    bound, settings = open_port(host, port, token, allowed_hosts)
     app = make_app(home, runs, Sessions(runs))
     keeper = WorkerKeeper(runs, home, worker_words) if has_worker else None
     if keeper is not None:

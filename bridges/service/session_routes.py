@@ -6,8 +6,8 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
+from bridges.service.desk_request import DeskRequest
 from bridges.service.follow import run_folder
-from bridges.service.live_desk import DeskRequest
 from bridges.service.sessions import Sessions
 
 

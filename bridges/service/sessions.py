@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bridges.service.guard import Absent
-from bridges.service.live_desk import LiveDesk
 from extractor.errors import MachineError
+
+if TYPE_CHECKING:
+    from bridges.service.live_desk import LiveDesk
 
 WAITING = 24
 """Questions that may be open at once: each holds one of the server's 40 threads, and pages need some."""
@@ -23,7 +26,7 @@ class Session:
 
     id: str
     run: str
-    desk: LiveDesk
+    desk: "LiveDesk"
     lock: threading.Lock = field(default_factory=threading.Lock)
     used: float = field(default_factory=time.monotonic)
 
@@ -53,8 +56,7 @@ class Sessions:
             while len(self._sessions) >= self.most:  # first: two runs' models may not fit
                 oldest = min(self._sessions.values(), key=lambda own: own.used)
                 del self._sessions[oldest.id]
-            desk = LiveDesk.of_run(self.runs / run)
-            session = Session(secrets.token_urlsafe(16), run, desk)
+            session = Session(secrets.token_urlsafe(16), run, loaded(self.runs / run))
             self._sessions[session.id] = session
             return session
 
@@ -97,3 +99,13 @@ class Sessions:
                 for session in list(self._sessions.values()):
                     if now - session.used > self.idle and not session.lock.locked():
                         del self._sessions[session.id]
+
+
+def loaded(run: Path) -> "LiveDesk":
+    """A run's desk. Imported here: a server that only shows pages starts in a second, without torch."""
+    from bridges.service.live_desk import LiveDesk
+    from extractor.machine import fast_fp32, use_all_cores
+
+    use_all_cores()
+    fast_fp32()
+    return LiveDesk.of_run(run)

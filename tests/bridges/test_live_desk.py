@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from bridges.edit import Edit, EditLimits
 from bridges.evaluate import measure_energies_
 from bridges.live import LiveEdit
 from bridges.service.desk_prompt import CASES
-from bridges.service.live_desk import DeskRequest, LiveDesk
+from bridges.service.desk_request import DeskRequest
+from bridges.service.live_desk import LiveDesk
 from bridges.warm_start import StudentShape, make_student
 from extractor.errors import InputError, UsageError
 from extractor.intervention import Intervention, ablate, clamp, patch, steer
+from extractor.positions import Positions
 from extractor.rotation import RotationConfig
 from extractor.sites import Node, Recorder, Site
 from extractor.tasks import Pair, encode_pairs
@@ -251,6 +255,13 @@ def test_mistakes_are_told_in_one_line(desk, changes, message) -> None:
 def test_requests_are_bounded(desk, changes) -> None:
     with pytest.raises(ValidationError):
         request_of(desk, **changes)
+
+
+def test_pages_are_served_without_the_seconds_that_torch_takes() -> None:
+    """Models are imported when a run's are loaded. So the request repeats what positions there are."""
+    code = "import sys, bridges.service.app, bridges.service.serve; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    assert DeskRequest.model_fields["positions"].annotation == Positions
 
 
 def test_a_node_that_cannot_be_carried_over_is_still_shown_in_the_student(desk) -> None:
