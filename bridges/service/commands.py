@@ -1,6 +1,6 @@
 """The service's commands for a terminal: whatever a page can do, one of these does.
 
-sparsebridge serve | submit | jobs | logs | cancel | worker | gc | reindex
+sparsebridge serve | submit | jobs | logs | cancel | worker | gc | reindex | desk
 """
 
 import argparse
@@ -164,6 +164,12 @@ def reindex(arguments: argparse.Namespace) -> int:
     return 3 if damaged else 0
 
 
+def desk(arguments: argparse.Namespace) -> int:
+    from bridges.service.desk_command import desk as run
+
+    return run(arguments)
+
+
 def add_commands(command) -> None:
     """Add the sub-commands; `command(name, run, text)` gives each one's parser."""
     serving = command(
@@ -220,6 +226,12 @@ def add_commands(command) -> None:
     cleaning.add_argument("--dry_run", action="store_true", help="print what would go")
     again = command("reindex", reindex, "Make the index of jobs again: from the run folders. Exit code 0, or "
                     "3 where a job's files are damaged.")  # fmt: skip
+    asking = command(
+        "desk", desk, "Change a circuit's nodes in both models: what the page's desk does. Without --task it "
+        "lists what can be changed. Exit code 0, 2, or 3 where the run is not finished or an adapter does not "
+        "meet the limits.",
+    )  # fmt: skip
+    _add_desk(asking)
     for parser in (serving, submitting, listing, reading, cancelling, working, cleaning, again):
         parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders (runs)")
     for parser in (serving, working):
@@ -231,3 +243,25 @@ def add_commands(command) -> None:
         parser.add_argument("--launcher", help='e.g. "accelerate launch --num_processes 2"')
     for parser in (serving, submitting, working):
         parser.add_argument("--home", type=Path, default=Path(), help="where recipes/ lies (here)")
+
+
+def _add_desk(asking: argparse.ArgumentParser) -> None:
+    asking.add_argument("run_folder", type=Path, metavar="RUN", help="run folder, with circuits")
+    asking.add_argument("--task", help="whose circuit")
+    asking.add_argument("--nodes", nargs="+", metavar="NODE", help="the edit's, or the first of the circuit")
+    asking.add_argument("--kind", choices=("patch", "mean", "zero", "steer"), help="what nodes change to")
+    asking.add_argument("--positions", choices=("all", "last", "from_last"))
+    asking.add_argument("--strength", type=float, help="the edit's best, or 1")
+    asking.add_argument("--prompt", help="the task's example")
+    asking.add_argument("--counterfactual", help="prompt that a patch takes its values from")
+    asking.add_argument("--value", type=float, help="what steer adds")
+    asking.add_argument("--top", type=int, help="most likely tokens in the JSON")
+    asking.add_argument("--continuation", type=int, metavar="TOKENS")
+    asking.add_argument(
+        "--off_target", action="store_true", help="also the effect on other text; takes seconds"
+    )
+    keeping = asking.add_mutually_exclusive_group()
+    keeping.add_argument("--save", metavar="NAME", help="keep the setting as interventions/NAME.json")
+    keeping.add_argument("--export", metavar="NAME", help="export it as the PEFT adapter adapters/NAME")
+    asking.add_argument("--force", action="store_true", help="also an adapter that does not meet the limits")
+    asking.add_argument("--json", action="store_true", help="print JSON instead of text")

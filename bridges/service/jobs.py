@@ -14,7 +14,7 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -136,6 +136,12 @@ class JobFolder:
             return int(value["exit_code"]), str(value["error"])
         except (OSError, ValueError, KeyError, TypeError):
             return None, ""
+
+    def redact_outcome(self, redact: Callable[[str], str]) -> None:
+        """Take secrets out of the recipe's last words, which it writes itself."""
+        code, error = self.read_outcome()
+        if error != (own := redact(error)):
+            write_json(self.outcome, {"exit_code": code, "error": own})
 
 
 def check_run_name(run: str) -> str:

@@ -89,6 +89,7 @@ class Worker:
         processes.kill(job.id, range(begun.attempt, begun.attempt + 1))
         process.wait()
         pump.join(timeout=5)
+        folder.redact_outcome(self.redactor.redact)
         if state is not None:
             self._conclude(begun, folder, state, process.returncode, pump.last_line)
 

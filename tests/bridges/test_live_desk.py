@@ -14,6 +14,7 @@ from peft import PeftModel
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
+from bridges.cli import main
 from bridges.dense import DenseModel
 from bridges.desk import Desk
 from bridges.edit import Edit, EditLimits
@@ -29,6 +30,7 @@ from extractor.positions import Positions
 from extractor.rotation import RotationConfig
 from extractor.sites import Node, Recorder, Site
 from extractor.tasks import Pair, encode_pairs
+from tests.conftest import ROOT
 from tests.families import tiny_model
 from tests.families import tokens as family_tokens
 from tests.live_run import ADDRESSES, LAST_WRITE, OF_EDIT, READS, TASKS, make_live_run
@@ -398,3 +400,42 @@ def test_an_edit_within_its_limits_is_exported_without_force(desk, run) -> None:
     assert facts["fitting_error"][str(Site(0, "resid_mid"))] < 1
     with pytest.raises(InputError, match="off-target KL undefined"):
         desk.export(request_of(desk, strength=0.05, positions="last"), "only-last")
+
+
+# --- from a terminal ---------------------------------------------------------------------------------------
+
+
+def test_what_the_page_does_a_command_does(desk, run, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("bridges.service.desk_command.loaded", lambda folder: desk)
+    monkeypatch.setattr(
+        desk, "export", lambda request, name, *, force: exported.append((request, name, force))
+    )
+    exported: list[tuple] = []
+
+    def said(*words: str) -> str:
+        main(["desk", str(run), *words])
+        return capsys.readouterr().out
+
+    assert f"with_as: supported, {2 * len(ADDRESSES) + 2} nodes, edit: {OF_EDIT} at strength 2" in said()
+    found = json.loads(said("--task", "with_as", "--json"))
+    assert found == json.loads(json.dumps(desk.intervene(request_of(desk, nodes=[OF_EDIT], strength=2.0))))
+    words = ["--task", "with_as", "--kind", "zero", "--nodes", *READS, "--strength", "4"]
+    text = said(*words, "--off_target", "--continuation", "3", "--save", "typed")
+    assert text.startswith('student: "')
+    assert "other text: KL " in text
+    assert "goes on after: " in text
+    assert text.endswith("kept: interventions/typed.json\n")
+    loaded = Intervention.load(run / "interventions" / "typed.json", desk.models.hashes.student_sha256)
+    assert loaded == desk._change(request_of(desk, kind="zero"))[1]
+    assert "kept: adapters/typed" in said(*words, "--export", "typed", "--force")
+    assert exported == [(request_of(desk, kind="zero"), "typed", True)]
+    wrong = [
+        (["--task", "none"], 3),
+        (["--task", "with_as", "--strength", "1e9"], 2),
+        ([*words, "--nodes", "x"], 2),
+    ]
+    for bad, code in wrong:
+        with pytest.raises(SystemExit) as told:
+            said(*bad)
+        assert told.value.code == code
+        assert capsys.readouterr().err.count("\n") == 1

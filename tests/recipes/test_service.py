@@ -2,15 +2,19 @@
 
 import json
 import re
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from bridges.service.jobs import Job, JobFolder, Status
 from bridges.service.queue import FILE, Queue, reindex
+from bridges.service.serve import OneWorker
 from extractor.artifacts import write_json
 from tests.bridges.test_queue import fill
 from tests.conftest import ROOT
-from tests.recipes.service_server import Server
+from tests.recipes.service_server import Server, make_home
 
 
 def test_a_job_is_submitted_once_followed_and_cancelled(server: Server) -> None:
@@ -209,10 +213,11 @@ def test_a_damaged_circuit_is_a_row_of_its_own_and_names_no_path(server: Server)
 
 
 def test_a_mistake_is_a_page_for_a_browser_and_names_no_path(server: Server) -> None:
-    (server.runs / "no-student").mkdir()
-    found = server.client.post("/api/v1/runs/no-student/sessions", json={})
+    (server.runs / "broken").mkdir()
+    (server.runs / "broken" / "evaluation.json").write_text("{")
+    found = server.client.get("/api/v1/runs/broken")
     assert found.status_code == 422
-    assert "no run in 'no-student'" in found.json()["error"].replace("runs/", "")
+    assert "evaluation 'broken/evaluation.json' is not valid JSON" in found.json()["error"]
     assert str(server.home) not in found.text
     for path, code in (("/runs/absent", 404), ("/jobs/jnone", 404), ("/?before=x", 422)):
         answer = server.client.get(path, headers={"accept": "text/html,*/*;q=0.8"})
@@ -241,6 +246,20 @@ def test_of_a_huge_circuit_the_strongest_edges_are_sent(server: Server) -> None:
         file.write("no JSON")
     assert server.client.get("/api/v1/runs/huge/claims").json()[0]["edges"] == 100_000
     assert "<td>14000</td><td>100000</td>" in server.client.get("/runs/huge").text
+
+
+def test_a_server_that_is_stopped_takes_its_worker_with_it(tmp_path: Path) -> None:
+    server = Server(make_home(tmp_path))
+    lock, deadline = OneWorker(server.runs), time.monotonic() + 60
+    while not lock.is_held:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "no worker" not in server.client.get("/").text
+    worker = psutil.Process(int(lock.holder()))
+    server.close()
+    assert server.process.returncode == 0
+    assert not worker.is_running()
+    assert not lock.is_held
 
 
 def test_what_is_absent_and_what_lies_elsewhere_answer_alike(server: Server) -> None:
