@@ -228,8 +228,8 @@ def add_commands(command) -> None:
                     "3 where a job's files are damaged.")  # fmt: skip
     asking = command(
         "desk", desk, "Change a circuit's nodes in both models: what the page's desk does. Without --task it "
-        "lists what can be changed. Exit code 0, 2, or 3 where the run is not finished or an adapter does not "
-        "meet the limits.",
+        "lists what can be changed. Exit code 0, 2, or 3 where the run is not finished or an adapter does "
+        "not meet the limits.",
     )  # fmt: skip
     _add_desk(asking)
     for parser in (serving, submitting, listing, reading, cancelling, working, cleaning, again):

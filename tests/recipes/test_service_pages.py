@@ -34,7 +34,9 @@ def test_the_pages_are_submitted_from_read_aloud_and_say_nothing_to_the_console(
         assert "a name of letters" in page.inner_text("#error")
         browser.said.clear()  # the browser's own line about the answer 400
         page.fill("input[name=run]", "clicked")
-        page.click("text=Submit")
+        with page.expect_request("**/api/v1/jobs") as asked:
+            page.click("text=Submit")
+        assert len(asked.value.headers["idempotency-key"]) == 32
         page.wait_for_url("**/jobs/*")
         assert page.inner_text("#state") == "queued"
         assert "no worker is running" in page.inner_text("#waits")
