@@ -24,7 +24,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field, ValidationError
 
-from bridges.service.jobs import ENDED, Job, JobFolder, State, Status, job_folders
+from bridges.service.jobs import ENDED, Job, JobFolder, State, Status
 from extractor.artifacts import SCHEMA_VERSION, read_json, write_json, write_text
 from extractor.config import Config
 from extractor.errors import InputError, MachineError, UsageError
@@ -295,11 +295,15 @@ def runner(name: str, runs: Path, home: Path, options: Sequence[str]) -> Runner:
 
 def engine_of(runs: Path, home: Path, job_id: str) -> tuple[Runner, Job] | None:
     """The engine that a job was handed to; None: to none."""
-    for path in runs.glob("*/jobs/*/engine.json"):
-        if path.parent.name == job_id:
-            folder = JobFolder(runs, path.parents[2].name, job_id)
+    for folder in _folders(runs):
+        if folder.path.name == job_id:
             return runner(engine_name(folder), runs, home, ()), folder.read()[0]
     return None
+
+
+def _folders(runs: Path) -> Iterator[JobFolder]:
+    for path in runs.glob("*/jobs/*/engine.json"):
+        yield JobFolder(runs, path.parents[2].name, path.parent.name)
 
 
 def engine_name(folder: JobFolder) -> str:
@@ -314,9 +318,7 @@ def handed_over(runs: Path, *, ask: bool) -> list[tuple[Job, Status]]:
     """The jobs that engines have, newest first, as their files say; with `ask`, those that have not ended as
     the engine says, which is not written: it may yet queue them again."""
     found = []
-    for folder in job_folders(runs):
-        if not folder.engine.is_file():
-            continue
+    for folder in _folders(runs):
         with suppress(InputError):  # a damaged one: `reindex` names it
             job, status = folder.read()
             name = engine_name(folder)

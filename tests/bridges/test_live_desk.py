@@ -3,12 +3,7 @@
 import json
 import math
 import os
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,17 +20,13 @@ from bridges.evaluate import measure_energies_
 from bridges.live import LiveEdit
 from bridges.service.desk_prompt import CASES
 from bridges.service.desk_request import DeskRequest
-from bridges.service.guard import Absent
 from bridges.service.live_desk import LiveDesk
-from bridges.service.sessions import Sessions
 from bridges.warm_start import StudentShape, make_student
-from extractor.errors import InputError, MachineError, UsageError
+from extractor.errors import InputError, UsageError
 from extractor.intervention import Intervention, ablate, clamp, patch, steer
-from extractor.positions import Positions
 from extractor.rotation import RotationConfig
 from extractor.sites import Node, Recorder, Site
 from extractor.tasks import Pair, encode_pairs
-from tests.conftest import ROOT
 from tests.families import tiny_model
 from tests.families import tokens as family_tokens
 from tests.live_run import ADDRESSES, LAST_WRITE, OF_EDIT, READS, TASKS, make_live_run
@@ -264,13 +255,6 @@ def test_requests_are_bounded(desk, changes) -> None:
         request_of(desk, **changes)
 
 
-def test_pages_are_served_without_the_seconds_that_torch_takes() -> None:
-    """Models are imported when a run's are loaded. So the request repeats what positions there are."""
-    code = "import sys, bridges.service.app, bridges.service.serve; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-    assert DeskRequest.model_fields["positions"].annotation == Positions
-
-
 def test_a_node_that_cannot_be_carried_over_is_still_shown_in_the_student(desk) -> None:
     found = desk.intervene(request_of(desk, nodes=[str(LAST_WRITE)], kind="zero", off_target=True))
     assert found["student"]["kl"] > 0
@@ -444,39 +428,3 @@ def test_what_the_page_does_a_command_does(desk, run, capsys, monkeypatch) -> No
             said(*bad)
         assert told.value.code == code
         assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_models_make_room_before_others_are_loaded_and_only_some_questions_wait(
-    monkeypatch, tmp_path
-) -> None:
-    """Two runs' models may not fit, and each question holds a thread that pages need."""
-    monkeypatch.setattr("bridges.service.sessions.WAITING", 2)
-    sessions, at_load = Sessions(tmp_path), []
-
-    def load(run: Path) -> SimpleNamespace:
-        at_load.append(len(sessions._sessions))
-        return SimpleNamespace(is_current=True)
-
-    monkeypatch.setattr("bridges.service.sessions.loaded", load)
-    first, second = sessions.open("a"), sessions.open("b")
-    assert at_load == [0, 0]
-    assert sessions.open("b") is second
-    with pytest.raises(Absent), sessions.using(first.id):
-        pass
-    answered = []
-
-    def ask() -> None:
-        with sessions.using(second.id):
-            answered.append(1)
-
-    waiting = threading.Thread(target=ask)
-    with sessions.using(second.id):
-        waiting.start()
-        while sessions._places._value:
-            time.sleep(0.01)
-        with pytest.raises(MachineError, match="wait already"), sessions.using(second.id):
-            pass
-    waiting.join()
-    ask()
-    assert answered == [1, 1]
-    sessions.close()

@@ -127,10 +127,11 @@ def test_no_job_is_lost_and_none_runs_twice(kills: int, tiny_checkpoint: Path, t
             while not service.kill(what, chance):
                 if are_ended():
                     submit()
+                service.start()
                 time.sleep(0.1)
             hit[what] += 1
-            service.start()
         while not are_ended():
+            service.start()
             time.sleep(0.2)
     assert alone.wait(timeout=300) == 0
     assert {queue.get(job)[1].state for job in jobs} == {"done"}, [queue.get(job) for job in jobs]
