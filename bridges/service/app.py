@@ -10,14 +10,14 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from bridges.service import follow, submit
+from bridges.service import circuit_files, follow, submit
 from bridges.service.follow import JobView
-from bridges.service.guard import contained, is_id
+from bridges.service.guard import Absent, contained
 from bridges.service.jobs import State
-from bridges.service.pages import add_pages
+from bridges.service.pages import add_pages, error_page
 from bridges.service.queue import NoSuchJob, Queue
 from bridges.service.session_routes import add_session_routes
 from bridges.service.sessions import Sessions
@@ -60,7 +60,7 @@ def make_app(home: Path, runs: Path, sessions: Sessions) -> FastAPI:
         title="sparsebridge", version="1", docs_url=None, redoc_url=None,
         openapi_url="/api/v1/openapi.json", lifespan=lifespan,
     )  # fmt: skip
-    add_errors(app)
+    add_errors(app, home, runs)
     add_job_routes(app, queue, home, runs)
     add_run_routes(app, runs)
     add_session_routes(app, sessions, runs)
@@ -68,29 +68,43 @@ def make_app(home: Path, runs: Path, sessions: Sessions) -> FastAPI:
     return app
 
 
-def add_errors(app: FastAPI) -> None:
-    """A user's mistake is one line; what is absent and what is not allowed to be seen answer alike."""
+def add_errors(app: FastAPI, home: Path, runs: Path) -> None:
+    """A user's mistake is one line; what is absent and what is not allowed to be seen answer alike. A browser
+    that asks for a page gets one."""
+
+    def reply(request: Request, message: str, code: int) -> Response:
+        wants_page = "text/html" in request.headers.get("accept", "")
+        if wants_page and not request.url.path.startswith("/api/"):
+            return error_page(message, code)
+        return JSONResponse({"error": message}, code)
 
     def answer(code: int):
-        async def handler(request: Request, error: Exception) -> JSONResponse:
-            return JSONResponse({"error": " ".join(str(error).split())}, code)
+        async def handler(request: Request, error: Exception) -> Response:
+            text = " ".join(str(error).split())
+            for folder in (runs, home):  # where they lie is no client's business
+                text = text.replace(f"{folder}/", "")
+            return reply(request, text, code)
 
         return handler
 
-    async def not_found(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": "no such thing here"}, 404)
+    async def not_found(request: Request, error: Exception) -> Response:
+        return reply(request, "no such thing here", 404)
 
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def failed(request: Request, error: Exception) -> Response:
+        return reply(request, "the service failed; its log says why", 500)
+
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return JSONResponse({"error": f"{where}: {first['msg']}"}, 422)
+        return reply(request, f"{where}: {first['msg']}", 422)
 
     app.add_exception_handler(UsageError, answer(400))
     app.add_exception_handler(InputError, answer(422))
     app.add_exception_handler(MachineError, answer(503))
-    for kind in (LookupError, NoSuchJob, 404):
+    for kind in (Absent, NoSuchJob, 404):
         app.add_exception_handler(kind, not_found)
     app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(Exception, failed)  # logged, too
 
 
 def add_job_routes(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
@@ -135,11 +149,13 @@ def add_job_routes(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
     @app.get("/api/v1/jobs/{job_id}")
     def get_job(job_id: str) -> JobView:
         """One job."""
-        return follow.view(runs, *queue.get(job_id))
+        return follow.view(runs, *follow.find(queue, job_id))
 
     @app.post("/api/v1/jobs/{job_id}/cancel")
     def cancel_job(job_id: str) -> JobView:
         """A running job writes a checkpoint first; submitted again, it goes on from there."""
+        if engine := follow.view(runs, *follow.find(queue, job_id)).engine:
+            raise UsageError(f"{engine} has this job: `sparsebridge cancel {job_id}` asks it")
         queue.cancel(job_id)
         return follow.view(runs, *queue.get(job_id))
 
@@ -148,7 +164,7 @@ def add_job_routes(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
         job_id: str, last_event_id: Annotated[str | None, Header(max_length=64)] = None
     ) -> StreamingResponse:
         """State, losses by step and log as they come (server-sent events); resumes after Last-Event-ID."""
-        queue.get(job_id)
+        follow.find(queue, job_id)
         return StreamingResponse(follow.events(queue, job_id, last_event_id), media_type="text/event-stream")
 
 
@@ -156,12 +172,12 @@ def add_run_routes(app: FastAPI, runs: Path) -> None:
     @app.get("/api/v1/runs")
     def list_runs() -> list[dict[str, Any]]:
         """What every run folder holds."""
-        return [follow.summary(path) for path in run_folders(runs)]
+        return [follow.summary(path) for path in follow.run_folders(runs)]
 
     @app.get("/api/v1/runs/{run}")
     def get_run(run: str) -> dict[str, Any]:
         """One run: what it holds, and its evaluation."""
-        folder = run_folder(runs, run)
+        folder = follow.run_folder(runs, run)
         evaluation = folder / "evaluation.json"
         return follow.summary(folder) | {
             "evaluation": read_json(evaluation, "evaluation", "recipes/train.py")
@@ -171,17 +187,17 @@ def add_run_routes(app: FastAPI, runs: Path) -> None:
 
     @app.get("/api/v1/runs/{run}/claims")
     def get_claims(run: str) -> list[dict[str, Any]]:
-        """Each circuit's verdict with the checks behind it."""
-        claims = []
-        for circuit in follow.circuits(run_folder(runs, run)).values():
-            sizes = {"nodes": len(circuit["nodes"]), "edges": len(circuit["edges"])}
-            claims.append({"task": circuit["task"], **sizes, "verdict": circuit["evidence"].get("verdict")})
-        return claims
+        """Each circuit's size and verdict with the checks behind it; or why its file is damaged."""
+        return circuit_files.rows(follow.run_folder(runs, run))
 
     @app.get("/api/v1/runs/{run}/circuits/{task}", response_class=FileResponse)
-    def get_circuit(run: str, task: str) -> FileResponse:
-        """A circuit's file: nodes, edges, settings, evidence."""
-        return served(runs, run, "circuits", f"{task}.json", media_type="application/json")
+    def get_circuit(run: str, task: str) -> Response:
+        """A circuit's file: nodes, edges, settings, evidence. Of one above 4 MB its first 5,000 nodes and the
+        20,000 edges of the largest weights; `shown` says of how many."""
+        found = served(runs, run, "circuits", f"{task}.json", media_type="application/json")
+        if Path(found.path).stat().st_size <= circuit_files.WHOLE:
+            return found
+        return JSONResponse(circuit_files.strongest(Path(found.path)))
 
     @app.get("/api/v1/runs/{run}/report.json", response_class=FileResponse)
     def get_report(run: str) -> FileResponse:
@@ -195,22 +211,9 @@ def add_run_routes(app: FastAPI, runs: Path) -> None:
         return own
 
 
-def run_folders(runs: Path) -> list[Path]:
-    """Run folders below `runs`, whose names are plain."""
-    return sorted(path for path in runs.iterdir() if path.is_dir() and is_id(path.name))
-
-
-def run_folder(runs: Path, run: str) -> Path:
-    """Raises LookupError where there is no such run."""
-    folder = contained(runs, run)
-    if not folder.is_dir():
-        raise LookupError(run)
-    return folder
-
-
 def served(runs: Path, *parts: str, media_type: str) -> FileResponse:
-    """A file of a run. Raises LookupError where it is absent, or lies elsewhere."""
+    """A file of a run. Raises Absent where it is absent, or lies elsewhere."""
     path = contained(runs, *parts)
     if not path.is_file():
-        raise LookupError(parts[-1])
+        raise Absent(parts[-1])
     return FileResponse(path, media_type=media_type)

@@ -1,6 +1,6 @@
 """The service's commands for a terminal: whatever a page can do, one of these does.
 
-sparsebridge serve | submit | jobs | logs | cancel | worker | gc | reindex
+sparsebridge serve | submit | jobs | logs | cancel | worker | gc | reindex | desk
 """
 
 import argparse
@@ -14,6 +14,7 @@ from bridges.service.jobs import ENDED, RECIPES, JobFolder
 from extractor.errors import MachineError
 
 DAY = 86400.0
+LOOK = 10.0  # seconds between two questions to an engine
 WORKER = ("lease", "grace", "attempts", "launcher")
 
 
@@ -36,6 +37,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def submit(arguments: argparse.Namespace) -> int:
+    from bridges.drawing import visible
     from bridges.service.queue import Queue
     from bridges.service.submit import from_command_line
 
@@ -51,19 +53,17 @@ def submit(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         sys.stdout.write(engine.render(job))
     else:
-        sys.stdout.write(f"{job.id} {engine.submit(job)}\n")
+        sys.stdout.write(f"{job.id} {visible(engine.submit(job))}\n")
     return 0
 
 
 def jobs(arguments: argparse.Namespace) -> int:
     from bridges.service.follow import as_table, view
-    from bridges.service.jobs import job_folders
     from bridges.service.queue import Queue
+    from bridges.service.runners import handed_over
 
-    elsewhere = [folder.read() for folder in job_folders(arguments.runs) if folder.engine.is_file()]
-    found = [
-        (job, status) for _, job, status in Queue(arguments.runs).page(limit=arguments.limit)
-    ] + elsewhere
+    found = [(job, status) for _, job, status in Queue(arguments.runs).page(limit=arguments.limit)]
+    found += handed_over(arguments.runs, ask=True)[: arguments.limit]
     if arguments.json:
         views = [view(arguments.runs, job, status).model_dump() for job, status in found]
         sys.stdout.write(json.dumps(views, indent=1) + "\n")
@@ -73,21 +73,25 @@ def jobs(arguments: argparse.Namespace) -> int:
 
 
 def logs(arguments: argparse.Namespace) -> int:
-    from bridges.service.follow import read_log
+    from bridges.service.follow import for_terminal, read_log
     from bridges.service.queue import Queue
-    from bridges.service.runners import engine_of
+    from bridges.service.runners import asked, engine_of
 
-    queue, offset = Queue(arguments.runs), 0
+    queue, offset, next_look = Queue(arguments.runs), 0, 0.0
     engine = engine_of(arguments.runs, Path(), arguments.job)
+    job = queue.get(arguments.job)[0] if engine is None else engine[1]
+    folder, is_over = JobFolder(arguments.runs, job.run, job.id), False
     while True:
+        # First the state, then the log: what was written before the end is not missed.
         if engine is None:
-            job, status = queue.get(arguments.job)
-        else:
-            job, status = JobFolder(arguments.runs, engine[1].run, arguments.job).read()
-        text, offset = read_log(JobFolder(arguments.runs, job.run, job.id), offset)
-        sys.stdout.write(text)
+            is_over = queue.get(job.id)[1].state in ENDED
+        elif arguments.follow and time.monotonic() >= next_look:
+            status = asked(*engine, folder.read()[1])
+            is_over, next_look = status.state in ENDED, time.monotonic() + LOOK
+        text, offset = read_log(folder, offset)
+        sys.stdout.write(for_terminal(text))
         sys.stdout.flush()
-        if not text and (not arguments.follow or status.state in ENDED):
+        if not text and (not arguments.follow or is_over):
             return 0
         if not text:
             time.sleep(0.5)
@@ -99,7 +103,7 @@ def cancel(arguments: argparse.Namespace) -> int:
 
     if (engine := engine_of(arguments.runs, Path(), arguments.job)) is not None:
         engine[0].cancel(engine[1])
-        sys.stdout.write(f"{arguments.job}: {engine[0].poll(engine[1])[0]}\n")
+        sys.stdout.write(f"{engine[1].id}: {engine[0].poll(engine[1])[0]}\n")
         return 0
     status = Queue(arguments.runs).cancel(arguments.job)
     word = "it writes a checkpoint and stops" if status.is_cancelling else status.state
@@ -160,6 +164,12 @@ def reindex(arguments: argparse.Namespace) -> int:
     return 3 if damaged else 0
 
 
+def desk(arguments: argparse.Namespace) -> int:
+    from bridges.service.desk_command import desk as run
+
+    return run(arguments)
+
+
 def add_commands(command) -> None:
     """Add the sub-commands; `command(name, run, text)` gives each one's parser."""
     serving = command(
@@ -216,6 +226,12 @@ def add_commands(command) -> None:
     cleaning.add_argument("--dry_run", action="store_true", help="print what would go")
     again = command("reindex", reindex, "Make the index of jobs again: from the run folders. Exit code 0, or "
                     "3 where a job's files are damaged.")  # fmt: skip
+    asking = command(
+        "desk", desk, "Change a circuit's nodes in both models: what the page's desk does. Without --task it "
+        "lists what can be changed. Exit code 0, 2, or 3 where the run is not finished or an adapter does "
+        "not meet the limits.",
+    )  # fmt: skip
+    _add_desk(asking)
     for parser in (serving, submitting, listing, reading, cancelling, working, cleaning, again):
         parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders (runs)")
     for parser in (serving, working):
@@ -227,3 +243,25 @@ def add_commands(command) -> None:
         parser.add_argument("--launcher", help='e.g. "accelerate launch --num_processes 2"')
     for parser in (serving, submitting, working):
         parser.add_argument("--home", type=Path, default=Path(), help="where recipes/ lies (here)")
+
+
+def _add_desk(asking: argparse.ArgumentParser) -> None:
+    asking.add_argument("run_folder", type=Path, metavar="RUN", help="run folder, with circuits")
+    asking.add_argument("--task", help="whose circuit")
+    asking.add_argument("--nodes", nargs="+", metavar="NODE", help="the edit's, or the first of the circuit")
+    asking.add_argument("--kind", choices=("patch", "mean", "zero", "steer"), help="what nodes change to")
+    asking.add_argument("--positions", choices=("all", "last", "from_last"))
+    asking.add_argument("--strength", type=float, help="the edit's best, or 1")
+    asking.add_argument("--prompt", help="the task's example")
+    asking.add_argument("--counterfactual", help="prompt that a patch takes its values from")
+    asking.add_argument("--value", type=float, help="what steer adds")
+    asking.add_argument("--top", type=int, help="most likely tokens in the JSON")
+    asking.add_argument("--continuation", type=int, metavar="TOKENS")
+    asking.add_argument(
+        "--off_target", action="store_true", help="also the effect on other text; takes seconds"
+    )
+    keeping = asking.add_mutually_exclusive_group()
+    keeping.add_argument("--save", metavar="NAME", help="keep the setting as interventions/NAME.json")
+    keeping.add_argument("--export", metavar="NAME", help="export it as the PEFT adapter adapters/NAME")
+    asking.add_argument("--force", action="store_true", help="also an adapter that does not meet the limits")
+    asking.add_argument("--json", action="store_true", help="print JSON instead of text")

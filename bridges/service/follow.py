@@ -1,28 +1,34 @@
 """What can be seen of a job while it runs, read from its files: state, progress, losses by step, log.
 
 An event stream keeps no state on the server: an event's id says how far its reader is (step, bytes of
-log), so that a reader who comes back goes on there. Nothing is sent faster than it is read.
+metrics, bytes of log), so that a reader who comes back goes on there. Nothing is sent faster than it is read.
 """
 
 import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from bridges.drawing import visible
+from bridges.service.circuit_files import circuit_files
+from bridges.service.guard import Absent, contained, is_id
 from bridges.service.jobs import ENDED, Job, JobFolder, State, Status
-from bridges.service.queue import Queue
+from bridges.service.queue import NoSuchJob, Queue
 from bridges.service.redact import redact
-from extractor.artifacts import read_json
+from bridges.service.runners import engine_name
+from bridges.service.serve import OneWorker
 
+NO_WORKER = "no worker is running: start `sparsebridge worker`, or `sparsebridge serve` without --no_worker"
 EVERY = 0.5  # seconds between two looks at the files
-CHUNK = 1 << 16  # bytes of log in one event
-ROWS = 500  # metric rows in one event
-CURSOR = re.compile(r"(\d{1,12})\.(\d{1,15})")
+CHUNK = 1 << 16  # bytes of log or metrics in one event
+PRINTED = re.compile(r"[^\n\t]+")
+CURSOR = re.compile(r"(\d{1,12})\.(\d{1,15})\.(\d{1,15})")
 
 
 class Progress(BaseModel):
@@ -45,6 +51,10 @@ class JobView(BaseModel):
     run: str
     recipe: str
     command: str
+    engine: str
+    """That it was handed to; empty: it runs on this machine."""
+    waits: str
+    """Why it does not start, where nothing that runs will start it."""
     state: State
     attempt: int
     is_cancelling: bool
@@ -58,11 +68,16 @@ class JobView(BaseModel):
 
 def view(runs: Path, job: Job, status: Status) -> JobView:
     """What the API says of a job; times are UTC."""
+    folder = JobFolder(runs, job.run, job.id)
+    engine = engine_name(folder) if folder.engine.is_file() else ""
+    is_stuck = status.state == "queued" and not engine and not OneWorker(runs).is_held
     return JobView(
         id=job.id,
         run=job.run,
         recipe=job.recipe,
         command=redact(job.command),
+        engine=engine,
+        waits=NO_WORKER if is_stuck else "",
         state=status.state,
         attempt=status.attempt,
         is_cancelling=status.is_cancelling,
@@ -71,8 +86,18 @@ def view(runs: Path, job: Job, status: Status) -> JobView:
         created=str(_utc(job.created)),
         started=_utc(status.started),
         ended=_utc(status.ended),
-        progress=read_progress(JobFolder(runs, job.run, job.id)),
+        progress=read_progress(folder),
     )
+
+
+def find(queue: Queue, job_id: str) -> tuple[Job, Status]:
+    """A job of the index, or one that an engine has, as its files say. Raises NoSuchJob."""
+    try:
+        return queue.get(job_id)
+    except NoSuchJob:
+        for path in queue.runs.glob(f"*/jobs/{job_id}/engine.json") if is_id(job_id) else ():
+            return JobFolder(queue.runs, path.parents[2].name, job_id).read()
+        raise
 
 
 def _utc(seconds: float | None) -> str | None:
@@ -86,22 +111,30 @@ def read_progress(folder: JobFolder) -> Progress | None:
         return None
 
 
-def metric_rows(run: Path, after: int) -> list[dict[str, float]]:
-    """Rows of metrics.jsonl of later steps, each step once; a line that is being written waits."""
+def metric_rows(run: Path, after: int, offset: int) -> tuple[list[dict[str, float]], int]:
+    """Some rows of metrics.jsonl from a byte on, of later steps, each step once; and where to go on. A line
+    that is being written waits."""
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, offset - 1))
+            if offset and file.read(1) != b"\n":  # resumed training wrote the file again: begin anew
+                offset = 0
+            file.seek(offset)
+            data = file.read(CHUNK)
     except OSError:
-        return []
-    rows: dict[int, dict[str, float]] = {}
-    for line in lines:
+        return [], offset
+    whole = data[: data.rfind(b"\n") + 1]
+    rows = []
+    for line in whole.splitlines():
         try:
             row = json.loads(line)
             step = int(row["step"])
         except (ValueError, KeyError, TypeError):
             continue
         if step > after:
-            rows[step] = row
-    return [rows[step] for step in sorted(rows)][:ROWS]
+            rows.append(row)
+            after = step
+    return rows, offset + len(whole)
 
 
 def read_log(folder: JobFolder, offset: int, limit: int = CHUNK) -> tuple[str, int]:
@@ -116,6 +149,11 @@ def read_log(folder: JobFolder, offset: int, limit: int = CHUNK) -> tuple[str, i
     return data[:cut].decode("utf-8", "replace"), offset + cut
 
 
+def for_terminal(text: str) -> str:
+    """Lines of a log, with whatever a terminal would obey instead of show spelled out."""
+    return PRINTED.sub(lambda found: visible(found[0]), text)
+
+
 async def events(queue: Queue, job_id: str, cursor: str | None) -> AsyncIterator[str]:
     """Server-sent events of a job until it has ended: `job`, `metrics`, `log`, and at last `end`.
 
@@ -123,30 +161,33 @@ async def events(queue: Queue, job_id: str, cursor: str | None) -> AsyncIterator
         cursor: the id of the last event that was seen.
     """
     found = CURSOR.fullmatch(cursor or "")
-    step, offset = (int(found[1]), int(found[2])) if found else (0, 0)
+    step, metrics, log = map(int, found.groups()) if found else (0, 0, 0)
     shown = ""
     while True:
-        job, status = await asyncio.to_thread(queue.get, job_id)
-        is_over = status.state in ENDED
+        job, status = await asyncio.to_thread(find, queue, job_id)
         own = await asyncio.to_thread(view, queue.runs, job, status)
         if (now := own.model_dump_json()) != shown:
             shown = now
-            yield _event("job", now, step, offset)
-        while rows := await asyncio.to_thread(metric_rows, queue.runs / job.run, step):
-            step = int(rows[-1]["step"])
-            yield _event("metrics", json.dumps(rows), step, offset)
+            yield _event("job", now, step, metrics, log)
+        before = -1
+        while before != metrics:
+            before = metrics
+            rows, metrics = await asyncio.to_thread(metric_rows, queue.runs / job.run, step, metrics)
+            if rows:
+                step = int(rows[-1]["step"])
+                yield _event("metrics", json.dumps(rows), step, metrics, log)
         folder = JobFolder(queue.runs, job.run, job.id)
-        while (text := await asyncio.to_thread(read_log, folder, offset))[0]:
-            offset = text[1]
-            yield _event("log", json.dumps(text[0]), step, offset)
-        if is_over:
-            yield _event("end", "{}", step, offset)
+        while (text := await asyncio.to_thread(read_log, folder, log))[0]:
+            log = text[1]
+            yield _event("log", json.dumps(text[0]), step, metrics, log)
+        if status.state in ENDED:
+            yield _event("end", "{}", step, metrics, log)
             return
         await asyncio.sleep(EVERY)
 
 
-def _event(kind: str, data: str, step: int, offset: int) -> str:
-    return f"id: {step}.{offset}\nevent: {kind}\ndata: {data}\n\n"
+def _event(kind: str, data: str, *seen: int) -> str:
+    return f"id: {'.'.join(map(str, seen))}\nevent: {kind}\ndata: {data}\n\n"
 
 
 def as_table(rows: list[tuple[Job, Status]], runs: Path) -> str:
@@ -157,7 +198,8 @@ def as_table(rows: list[tuple[Job, Status]], runs: Path) -> str:
         bar = "" if own is None else f"{own.what} {own.done:g}/{own.total:g}, {own.left} left"
         text = bar if status.state == "running" else ""
         reason = " ".join(status.reason.split())[:80]
-        lines.append((job.id, job.run, job.recipe, status.state, str(status.attempt), text, reason))
+        words = (job.id, job.run, job.recipe, status.state, str(status.attempt), text, reason)
+        lines.append(tuple(map(visible, words)))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "".join(
         "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() + "\n"
@@ -165,23 +207,31 @@ def as_table(rows: list[tuple[Job, Status]], runs: Path) -> str:
     )
 
 
-def circuits(run: Path) -> dict[str, dict[str, Any]]:
-    """Every circuit's file, by task; none that lies elsewhere.
+def run_folders(runs: Path) -> list[Path]:
+    """Run folders below `runs`: of plain names, and none that lies elsewhere."""
+    return sorted(path for path in runs.iterdir() if is_folder(runs, path.name))
 
-    Raises:
-        InputError: a file is damaged.
-    """
-    own = (path for path in (run / "circuits").glob("*.json") if path.resolve().is_relative_to(run.resolve()))
-    return {path.stem: read_json(path, "circuit", "recipes/extract.py") for path in sorted(own)}
+
+def is_folder(runs: Path, name: str) -> bool:
+    with suppress(Absent):
+        return contained(runs, name).is_dir()
+    return False
+
+
+def run_folder(runs: Path, run: str) -> Path:
+    """Raises Absent where there is no such run."""
+    folder = contained(runs, run)
+    if not folder.is_dir():
+        raise Absent(run)
+    return folder
 
 
 def summary(run: Path) -> dict[str, Any]:
     """What a run folder holds, by name."""
-    tasks = sorted(path.stem for path in (run / "circuits").glob("*.json"))
     return {
         "run": run.name,
         "has_student": (run / "student" / "config.json").is_file(),
         "has_report": (run / "report.html").is_file(),
-        "circuits": tasks,
+        "circuits": [path.stem for path in circuit_files(run)],
         "edits": sorted(path.parent.name for path in (run / "edits").glob("*/edit.json")),
     }

@@ -121,6 +121,10 @@ class GuardSettings:
         return self.origins[0] + (f"/?once={self.sessions.new_code()}" if self.token else "/")
 
 
+class Absent(LookupError):
+    """There is nothing of that name here, or nothing that may be seen."""
+
+
 class Refusal(Exception):
     """A request that is not passed on."""
 
@@ -366,7 +370,7 @@ def contained(root: Path, *parts: str) -> Path:
     """The real path of a file or folder below a root, each part a plain name.
 
     Raises:
-        LookupError: a part is no plain name, nothing is there, it leads out of the root, or it is no file.
+        Absent: a part is no plain name, nothing is there, it leads out of the root, or it is no file.
     """
     with suppress(OSError):
         if all(is_id(part) for part in parts):
@@ -374,4 +378,4 @@ def contained(root: Path, *parts: str) -> Path:
             real = Path(os.path.realpath(root.joinpath(*parts), strict=True))
             if real.is_relative_to(real_root) and (real.is_file() or real.is_dir()):
                 return real
-    raise LookupError("there is nothing of that name")
+    raise Absent("there is nothing of that name")

@@ -7,6 +7,7 @@ recipe's own.
 
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,6 @@ RESUMABLE = 75
 class OneJob:
     """What a worker asks of a queue, for one job that is its own by the engine's word."""
 
-    is_current = True
-
     def __init__(self, runs: Path, run: str, job_id: str):
         self.runs, self.folder = runs, JobFolder(runs, run, job_id)
         self.folder.read()  # refuses what is absent or damaged
@@ -37,7 +36,7 @@ class OneJob:
         job, status = self.folder.read()
         if status.state in ENDED:
             return None
-        status = replace(status, state="running", attempt=status.attempt + 1)
+        status = replace(status, state="running", attempt=status.attempt + 1, started=time.time())
         self.folder.write_status(status)
         return Lease(job, status, owner)
 
@@ -46,6 +45,8 @@ class OneJob:
 
     def write(self, lease: Lease, **changes: Any) -> Lease:
         status = replace(lease.status, **changes)
+        if status.state in ENDED:
+            status = replace(status, ended=time.time())
         self.folder.write_status(status)
         return replace(lease, status=status)
 

@@ -14,7 +14,7 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -53,7 +53,7 @@ class Job:
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 200:
             raise UsageError("idempotency key: 1 to 200 characters")
         # The same key gives the same id: a repeated request finds the job, even in files without an index.
-        own = f"{run}\n{idempotency_key}".encode() if idempotency_key else secrets.token_bytes(32)
+        own = idempotency_key.encode() if idempotency_key else secrets.token_bytes(32)
         return cls(f"j{hashlib.sha256(own).hexdigest()[:23]}", run, recipe, tuple(arguments),
                    idempotency_key=idempotency_key)  # fmt: skip
 
@@ -136,6 +136,12 @@ class JobFolder:
             return int(value["exit_code"]), str(value["error"])
         except (OSError, ValueError, KeyError, TypeError):
             return None, ""
+
+    def redact_outcome(self, redact: Callable[[str], str]) -> None:
+        """Take secrets out of the recipe's last words, which it writes itself."""
+        code, error = self.read_outcome()
+        if error != (own := redact(error)):
+            write_json(self.outcome, {"exit_code": code, "error": own})
 
 
 def check_run_name(run: str) -> str:

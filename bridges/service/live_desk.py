@@ -12,13 +12,13 @@ is its crossing, which everything after reads. One question at a time: who serve
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
 from accelerate import PartialState
-from pydantic import Field
 
 from bridges.checkpoint import DenseConfig
 from bridges.edit import Edit, EditLimits
@@ -27,45 +27,21 @@ from bridges.live import LiveEdit
 from bridges.run_models import RunModels
 from bridges.service.desk_export import EditBench
 from bridges.service.desk_prompt import DeskPrompts, shown
+from bridges.service.desk_request import DeskRequest
 from extractor.artifacts import read_json
 from extractor.circuit import Circuit
-from extractor.config import Config
 from extractor.data import DataConfig
 from extractor.errors import InputError, UsageError
 from extractor.intervention import Intervention, ablate, patch, steer
-from extractor.positions import Positions
 from extractor.sites import Node
 from extractor.statistics import undefined
 from extractor.task_tokens import tokens_of
 
+SHOWN_NODES = 500  # of a circuit, on the page; a request may name any
 TASK_PAIRS = 64  # held-out pairs of a task, whose answers are known
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 Stamp = list[tuple[str, int, int]]
 PARTS = ("config.yaml", "evaluation.json", "student/*", "bridges/*", "circuits/*", "edits/*/edit.json")
-
-
-class DeskRequest(Config):
-    """One setting of the desk."""
-
-    task: str = Field(max_length=200)
-    """Whose circuit the nodes are of."""
-    nodes: tuple[str, ...] = Field(min_length=1, max_length=64)
-    kind: Literal["patch", "mean", "zero", "steer"] = "patch"
-    """To the values on the counterfactual, to the means over text, to zero; or `value` is added."""
-    positions: Positions = "all"
-    strength: float = Field(1.0, ge=-100, le=100, allow_inf_nan=False)
-    """0: the nodes' own values; 1: all the way; 2: as far again."""
-    prompt: str = Field(min_length=1, max_length=4000)
-    counterfactual: str | None = Field(None, max_length=4000)
-    """The prompt that a patch takes its values from; of as many tokens, or with the same end."""
-    value: float | None = Field(None, ge=-1e6, le=1e6, allow_inf_nan=False)
-    """What steer adds to every node."""
-    top: int = Field(8, ge=1, le=64)
-    """Most likely tokens that are shown, before and after."""
-    continuation: int = Field(0, ge=0, le=64)
-    """New tokens, the most likely one each time. A patch holds on the prompt alone."""
-    off_target: bool = False
-    """Also measure what the edit does to held-out text; takes seconds."""
 
 
 class LiveDesk:
@@ -98,7 +74,8 @@ class LiveDesk:
         return self._stamp == _stamp(self.run)
 
     def tasks(self) -> list[dict[str, Any]]:
-        """Every circuit: verdict, nodes (the first matter most), edit (None: there is none), an example."""
+        """Every circuit: verdict, nodes (the first matter most; `of_nodes` in all), edit (None: there is
+        none), an example."""
         found = []
         for task, circuit in sorted(self.models.circuits.items()):
             edit, verdict = self.edits.get(task), circuit.evidence.get("verdict")
@@ -106,7 +83,8 @@ class LiveDesk:
                 {
                     "task": task,
                     "verdict": verdict["word"] if verdict else undefined("not judged"),
-                    "nodes": list(map(str, self.nodes[task])),
+                    "nodes": list(map(str, islice(self.nodes[task], SHOWN_NODES))),
+                    "of_nodes": len(self.nodes[task]),
                     "edit": None if edit is None else _edit_facts(edit),
                     "example": circuit.evidence.get("example") or undefined("none is recorded"),
                 }

@@ -6,6 +6,7 @@ worked on by one job at a time, in the order of their submission. For one machin
 network file system, and a lease that ran out is taken over only on the host that held it.
 """
 
+import fcntl
 import os
 import socket
 import sqlite3
@@ -21,6 +22,7 @@ from bridges.service.jobs import ENDED, Job, JobFolder, State, Status, job_folde
 from extractor.errors import InputError, MachineError, UsageError
 
 FILE = ".sparsebridge.sqlite"
+PATIENCE = 30.0  # seconds to wait for another process's write
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -52,6 +54,10 @@ class NoSuchJob(InputError):
     """There is no job of this id."""
 
 
+class IndexBusy(MachineError):
+    """The index is whole, but another process writes in it for longer than is waited."""
+
+
 @dataclass(frozen=True)
 class Lease:
     """A job that is this worker's, until it loses it."""
@@ -68,17 +74,27 @@ class Lease:
 class Queue:
     """All jobs below a folder of runs; one object may be shared by threads, each process makes its own.
 
+    An index that was made again meanwhile is opened in place of the one that it replaced.
+
     Raises:
-        MachineError: the index is damaged (`sparsebridge reindex` makes it again), or cannot be written.
+        MachineError: the index is damaged (`sparsebridge reindex` makes it again), held by another process
+            for too long, or cannot be written. Every method may find that.
     """
 
     def __init__(self, runs: Path):
         self.runs, self.path = runs, runs / FILE
-        self._lock = threading.Lock()
-        try:
-            runs.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.RLock()
+        self._open()
+
+    def _open(self) -> None:
+        with _told(self.path), _one_opens(self.path):
             is_new = not self.path.exists()
-            self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+            if is_new:  # an index that was removed leaves these, and its readers still hold them
+                for end in ("-wal", "-shm"):
+                    self.path.with_name(FILE + end).unlink(missing_ok=True)
+            self._db = sqlite3.connect(
+                self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
+            )
             self._db.row_factory = sqlite3.Row
             if self._db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check found faults")
@@ -86,15 +102,9 @@ class Queue:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(SCHEMA)
-        except (OSError, sqlite3.OperationalError) as error:
-            raise MachineError(f"the index '{self.path}' cannot be opened ({error})") from None
-        except sqlite3.DatabaseError as error:
-            raise MachineError(
-                f"the index '{self.path}' is damaged ({error}); `sparsebridge reindex` makes it again"
-            ) from None
-        self._inode = self.path.stat().st_ino
-        if is_new:
-            self.adopt()
+            self._inode = self.path.stat().st_ino
+            if is_new:
+                self.adopt()
 
     @property
     def is_current(self) -> bool:
@@ -108,15 +118,25 @@ class Queue:
         self._db.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _reading(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
+            if not self.is_current:
+                self._db.close()
+                self._open()
+            with _told(self.path):
                 yield self._db
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._reading() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     # --- what users do -----------------------------------------------------------------------------------
 
@@ -152,8 +172,8 @@ class Queue:
 
     def get(self, job_id: str) -> tuple[Job, Status]:
         """Raises NoSuchJob where there is none of this id."""
-        with self._lock:
-            row = _existing(self._db, job_id)
+        with self._reading() as db:
+            row = _existing(db, job_id)
         return _job(row), _status(row)
 
     def page(
@@ -176,8 +196,8 @@ class Queue:
             where.append("run = ?")
             values.append(run)
         query = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?"
-        with self._lock:
-            rows = self._db.execute(query, (*values, limit)).fetchall()
+        with self._reading() as db:
+            rows = db.execute(query, (*values, limit)).fetchall()
         return [(row["number"], _job(row), _status(row)) for row in rows]
 
     # --- what workers do ---------------------------------------------------------------------------------
@@ -212,8 +232,6 @@ class Queue:
 
     def renew(self, lease: Lease, seconds: float) -> Status | None:
         """Keep the job for longer; None: it is another's now."""
-        if not self.is_current:
-            return None
         with self._transaction() as db:
             row = _held(db, lease)
             if row is None:
@@ -268,8 +286,8 @@ class Queue:
             db.execute("DELETE FROM jobs WHERE NOT (state = 'running' AND lease_until >= ?)", (time.time(),))
 
     def count(self) -> int:
-        with self._lock:
-            return self._db.execute("SELECT count(*) FROM jobs").fetchone()[0]
+        with self._reading() as db:
+            return db.execute("SELECT count(*) FROM jobs").fetchone()[0]
 
 
 def reindex(runs: Path) -> tuple[int, list[str]]:
@@ -277,6 +295,10 @@ def reindex(runs: Path) -> tuple[int, list[str]]:
 
     A damaged index is kept beside the new one. Jobs that a worker holds stay with it, unless the index that
     says so is the damaged one: then the worker stops them, and they go on from their last checkpoint.
+
+    Raises:
+        InputError: there is no such folder.
+        MachineError: the index is whole, but held by another process; or a new one cannot be made.
     """
     path = runs / FILE
     if not runs.is_dir():
@@ -284,7 +306,9 @@ def reindex(runs: Path) -> tuple[int, list[str]]:
     try:
         queue = Queue(runs)
         queue.forget()
-    except (MachineError, sqlite3.DatabaseError):
+    except IndexBusy:
+        raise
+    except MachineError:
         for end in ("", "-wal", "-shm"):
             if (own := path.with_name(path.name + end)).exists():
                 os.replace(own, own.with_name(f"{own.name}.damaged"))
@@ -293,6 +317,31 @@ def reindex(runs: Path) -> tuple[int, list[str]]:
     count = queue.count()
     queue.close()
     return count, damaged
+
+
+@contextmanager
+def _one_opens(path: Path) -> Iterator[None]:
+    """Of several processes that find no index, one makes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What SQLite and the file system say becomes one line that says what to do."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise IndexBusy(f"another process holds the index '{path}' ({error}); try again") from None
+        raise MachineError(f"the index '{path}' cannot be used ({error})") from None
+    except sqlite3.DatabaseError as error:
+        raise MachineError(
+            f"the index '{path}' is damaged ({error}); `sparsebridge reindex` makes it again"
+        ) from None
 
 
 def _insert(db: sqlite3.Connection, job: Job, status: Status) -> None:

@@ -12,16 +12,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field, ValidationError
 
-from bridges.service.jobs import ENDED, Job, JobFolder, State, Status, job_folders
+from bridges.service.jobs import ENDED, Job, JobFolder, State, Status
 from extractor.artifacts import SCHEMA_VERSION, read_json, write_json, write_text
 from extractor.config import Config
 from extractor.errors import InputError, MachineError, UsageError
@@ -31,9 +34,15 @@ WORD = r"^[A-Za-z0-9][A-Za-z0-9._:,@+=/-]{0,127}$"
 """What may stand in a line of options: nothing that ends it, or that a shell reads."""
 
 
+class NoAnswer(MachineError):
+    """An engine's command took too long: what it was asked may have been done."""
+
+
 @runtime_checkable
 class Runner(Protocol):
     """What an engine is asked for."""
+
+    name: str
 
     def submit(self, job: Job) -> str:
         """Hand the job over, once; the engine's own id."""
@@ -90,14 +99,32 @@ class _Engine(ABC):
         return shlex.join([sys.executable, *words, "--handed_over", f"{job.run}/{job.id}"])
 
     def submit(self, job: Job) -> str:
-        if (known := self._known(job)) is not None:
-            return known
+        if self.folder(job).engine.is_file():
+            return self.id_of(job)
         script = self.render(job)  # refuses before anything is written
+        # The mark stands before the job: whatever stops this from here on, no worker here takes it.
+        self._mark(job, None)
         self.folder(job).write_job(job)
-        engine_id = self.send(job, script)
+        try:
+            engine_id = self.send(job, script)
+        except NoAnswer:
+            raise
+        except MachineError:
+            self._remove_folder(job)
+            raise
+        self._mark(job, engine_id)
+        return engine_id
+
+    def _mark(self, job: Job, engine_id: str | None) -> None:
         value = {"schema_version": SCHEMA_VERSION, "engine": self.name, "engine_id": engine_id}
         write_json(self.folder(job).engine, value)
-        return engine_id
+
+    def _remove_folder(self, job: Job) -> None:
+        folder = self.folder(job).path
+        shutil.rmtree(folder)
+        with suppress(OSError):  # there is more in them
+            folder.parent.rmdir()
+            folder.parent.parent.rmdir()
 
     def poll(self, job: Job) -> tuple[State, str]:
         """The job's own word where it has ended or runs, else the engine's."""
@@ -118,20 +145,23 @@ class _Engine(ABC):
         self.folder(job).cancel.touch()
         if self.poll(job)[0] == "queued":
             self.remove(engine_id)
-            self.folder(job).write_status(Status(state="cancelled", reason="cancelled"))
+            _, status = self.folder(job).read()
+            ended = replace(status, state="cancelled", reason="cancelled", ended=time.time())
+            self.folder(job).write_status(ended)
 
     def id_of(self, job: Job) -> str:
-        known = self._known(job)
-        if known is None:
-            raise InputError(f"job '{job.id}' was not handed to {self.name}")
-        return known
-
-    def _known(self, job: Job) -> str | None:
+        """Raises InputError where the job was not handed to this engine, or perhaps was not."""
         if not self.folder(job).engine.is_file():
-            return None
+            raise InputError(f"job '{job.id}' was not handed to {self.name}")
         value = read_json(self.folder(job).engine, "engine's id", "sparsebridge submit")
         if value.get("engine") != self.name:
             raise InputError(f"job '{job.id}' was handed to {value.get('engine')}, not to {self.name}")
+        if value.get("engine_id") is None:
+            raise InputError(
+                f"handing job '{job.id}' to {self.name} was broken off, so {self.name} may have it: look "
+                f"there for a job of this name; is there none, remove '{self.folder(job).path}' and submit "
+                "again"
+            )
         return str(value["engine_id"])
 
     @abstractmethod
@@ -244,11 +274,16 @@ INSTALL_SKY = "pip install -e '.[skypilot]', then `sky check`"
 LOAD_SLURM = "load Slurm's module, or log in where its commands are"
 
 
-def runner(name: Literal["slurm", "skypilot"], runs: Path, home: Path, options: Sequence[str]) -> Runner:
-    """An engine with options given as KEY=VALUE. Raises UsageError for a key or value that it has not."""
-    kind, engine = {
-        "slurm": (SlurmOptions, SlurmRunner), "skypilot": (SkyPilotOptions, SkyPilotRunner),
-    }[name]  # fmt: skip
+ENGINES = {"slurm": (SlurmOptions, SlurmRunner), "skypilot": (SkyPilotOptions, SkyPilotRunner)}
+
+
+def runner(name: str, runs: Path, home: Path, options: Sequence[str]) -> Runner:
+    """An engine of ENGINES, with options given as KEY=VALUE.
+
+    Raises:
+        UsageError: a key or value that it has not.
+    """
+    kind, engine = ENGINES[name]
     values = dict(option.partition("=")[::2] for option in options)
     try:
         return engine(runs, home, kind.model_validate(values))
@@ -260,25 +295,64 @@ def runner(name: Literal["slurm", "skypilot"], runs: Path, home: Path, options: 
 
 def engine_of(runs: Path, home: Path, job_id: str) -> tuple[Runner, Job] | None:
     """The engine that a job was handed to; None: to none."""
-    for folder in job_folders(runs):
-        if folder.path.name == job_id and folder.engine.is_file():
-            name = read_json(folder.engine, "engine's id", "sparsebridge submit")["engine"]
-            return runner(name, runs, home, ()), folder.read()[0]
+    for folder in _folders(runs):
+        if folder.path.name == job_id:
+            return runner(engine_name(folder), runs, home, ()), folder.read()[0]
     return None
+
+
+def _folders(runs: Path) -> Iterator[JobFolder]:
+    for path in runs.glob("*/jobs/*/engine.json"):
+        yield JobFolder(runs, path.parents[2].name, path.parent.name)
+
+
+def engine_name(folder: JobFolder) -> str:
+    """Raises InputError where the file is damaged."""
+    value = read_json(folder.engine, "engine's id", "sparsebridge submit")
+    if not isinstance(value, dict) or value.get("engine") not in ENGINES:
+        raise InputError(f"'{folder.engine}' is damaged (it names no engine)")
+    return value["engine"]
+
+
+def handed_over(runs: Path, *, ask: bool) -> list[tuple[Job, Status]]:
+    """The jobs that engines have, newest first, as their files say; with `ask`, those that have not ended as
+    the engine says, which is not written: it may yet queue them again."""
+    found = []
+    for folder in _folders(runs):
+        with suppress(InputError):  # a damaged one: `reindex` names it
+            job, status = folder.read()
+            name = engine_name(folder)
+            status = replace(status, reason=status.reason or f"handed to {name}")
+            if ask and status.state not in ENDED:
+                status = asked(runner(name, runs, Path(), ()), job, status)
+            found.append((job, status))
+    return sorted(found, key=lambda own: -own[0].created)
+
+
+def asked(engine: Runner, job: Job, status: Status) -> Status:
+    """A job's status by its engine's word, which is its reason; or else why the engine has none."""
+    try:
+        state, word = engine.poll(job)
+    except (MachineError, InputError) as error:
+        return replace(status, reason=str(error))
+    return replace(status, state=state, reason=f"{engine.name}: {word}")
 
 
 def call(words: Sequence[str], text: str | None, install: str) -> str:
     """Run an engine's command and return what it prints.
 
     Raises:
-        MachineError: it is not here, fails, or does not answer.
+        NoAnswer: it does not answer.
+        MachineError: it is not here, or fails.
     """
     if shutil.which(words[0]) is None:
         raise MachineError(f"`{words[0]}` is not on this machine: {install}")
     try:
         done = subprocess.run(words, input=text, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
-        raise MachineError(f"`{words[0]}` did not answer in {TIMEOUT} s") from None
+        raise NoAnswer(
+            f"`{words[0]}` did not answer in {TIMEOUT} s; it may have done what it was asked"
+        ) from None
     if done.returncode:
         last = (done.stderr or done.stdout).strip().rsplit("\n", 1)[-1]
         raise MachineError(f"`{words[0]}` ended with code {done.returncode}: {last[:300]}")

@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from bridges.service.network import find_token, make_token, open_port
-from extractor.errors import MachineError
+from extractor.errors import MachineError, UsageError
 
 WORKER_LOCK = ".worker.lock"
 
@@ -28,10 +29,14 @@ class OneWorker:
 
     def take(self) -> bool:
         """False: another worker works here."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
+        for last in (False, False, True):  # who only looks whether it is held holds it for a moment
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if last:
+                    return False
+                time.sleep(0.1)
         self._file.truncate(0)
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
@@ -46,14 +51,16 @@ class OneWorker:
         """By whomever: tried, and let go at once."""
         with self.path.open("a", encoding="ascii") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
                 return True
         return False
 
 
 class WorkerKeeper(threading.Thread):
-    """Starts a worker whenever none works here."""
+    """Starts a worker whenever none works here; one that ends again and again, less and less often."""
+
+    FIRST, LONGEST = 1.0, 60.0  # seconds before a worker is started again
 
     def __init__(self, runs: Path, home: Path, words: Sequence[str] = ()):
         super().__init__(daemon=True)
@@ -63,20 +70,34 @@ class WorkerKeeper(threading.Thread):
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        while not self._stopping.wait(1.0):
-            has_ended = self.worker is None or self.worker.poll() is not None
-            if has_ended and not self.lock.is_held:
-                # In a session of its own: Ctrl-C in the terminal is the server's to pass on.
-                self.worker = subprocess.Popen(self.command, start_new_session=True)
+        pause, started = self.FIRST, 0.0
+        while not self._stopping.wait(self.FIRST):
+            if (self.worker is not None and self.worker.poll() is None) or self.lock.is_held:
+                continue
+            if self.worker is not None:
+                code, lived = self.worker.returncode, time.monotonic() - started
+                # One that was killed is no fault of its own.
+                pause = min(2 * pause, self.LONGEST) if code > 0 and lived < self.LONGEST else self.FIRST
+                sys.stderr.write(f"the worker ended with code {code}; it is started again in {pause:.0f} s\n")
+                if self._stopping.wait(pause):
+                    return
+            # In a session of its own: Ctrl-C in the terminal is the server's to pass on.
+            self.worker, started = subprocess.Popen(self.command, start_new_session=True), time.monotonic()
 
     def stop(self) -> None:
-        """End the worker that was started here; its job writes a checkpoint and is queued again."""
+        """End the worker that was started here; its job writes a checkpoint and is queued again. Another's
+        goes on, and is named."""
         self._stopping.set()
         self.join()
         if self.worker is not None and self.worker.poll() is None:
             sys.stderr.write("the worker writes a checkpoint of its job and ends; it goes on from there\n")
             self.worker.terminate()
             self.worker.wait()
+        elif self.lock.is_held:
+            sys.stderr.write(
+                f"a worker that was started before this server goes on: `kill {self.lock.holder()}` ends it, "
+                "after a checkpoint of its job\n"
+            )
 
 
 def serve(
@@ -95,8 +116,15 @@ def serve(
 
     Raises:
         MachineError: the extra `serve` is not installed, or the port is taken.
-        UsageError: an address that needs a token, and there is none.
+        UsageError: an address that needs a token, and there is none; a new token without a file for it.
     """
+    if new_token:
+        if token_file is None:
+            raise UsageError("--new_token makes a token in --token_file; name one")
+        make_token(token_file)
+    token = find_token(token_file, os.environ)
+    # Before anything that takes seconds: whoever asks already waits for it.
+    bound, settings = open_port(host, port, token, allowed_hosts)
     try:
         import uvicorn
 
@@ -107,17 +135,10 @@ def serve(
         ) from None
     from bridges.service.guard import Guard
     from bridges.service.sessions import Sessions
-    from extractor.machine import fast_fp32, use_all_cores
 
     runs.mkdir(parents=True, exist_ok=True)
     runs, home = runs.resolve(), home.resolve()
     os.chdir(home)  # what configs name is relative to it, as for the recipes
-    use_all_cores()
-    fast_fp32()
-    if new_token and token_file:
-        make_token(token_file)
-    token = find_token(token_file, os.environ)
-    bound, settings = open_port(host, port, token, allowed_hosts)
     app = make_app(home, runs, Sessions(runs))
     keeper = WorkerKeeper(runs, home, worker_words) if has_worker else None
     if keeper is not None:

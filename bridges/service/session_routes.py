@@ -6,8 +6,8 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
-from bridges.service.guard import contained
-from bridges.service.live_desk import DeskRequest
+from bridges.service.desk_request import DeskRequest
+from bridges.service.follow import run_folder
 from bridges.service.sessions import Sessions
 
 
@@ -33,8 +33,7 @@ def add_session_routes(app: FastAPI, sessions: Sessions, runs: Path) -> None:
     @app.post("/api/v1/runs/{run}/sessions", status_code=201)
     def open_session(run: str) -> SessionView:
         """Load the run's models, which takes seconds; they are unloaded when nobody asks."""
-        if not contained(runs, run).is_dir():
-            raise LookupError(run)
+        run_folder(runs, run)
         session = sessions.open(run)
         with session.lock:
             return SessionView(id=session.id, run=run, tasks=session.desk.tasks())

@@ -7,9 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bridges.service.live_desk import LiveDesk
+from bridges.service.guard import Absent
+from extractor.errors import MachineError
 
+if TYPE_CHECKING:
+    from bridges.service.live_desk import LiveDesk
+
+WAITING = 24
+"""Questions that may be open at once: each holds one of the server's 40 threads, and pages need some."""
 IDLE = 900.0  # seconds without a question after which models are unloaded
 
 
@@ -19,7 +26,7 @@ class Session:
 
     id: str
     run: str
-    desk: LiveDesk
+    desk: "LiveDesk"
     lock: threading.Lock = field(default_factory=threading.Lock)
     used: float = field(default_factory=time.monotonic)
 
@@ -31,6 +38,7 @@ class Sessions:
         self.runs, self.most, self.idle = runs, most, idle
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
+        self._places = threading.BoundedSemaphore(WAITING)
         self._closed = threading.Event()
         threading.Thread(target=self._unload_idle, daemon=True).start()
 
@@ -45,30 +53,39 @@ class Sessions:
                 if session.run == run and session.desk.is_current:
                     session.used = time.monotonic()
                     return session
-            desk = LiveDesk.of_run(self.runs / run)
-            while len(self._sessions) >= self.most:
+            while len(self._sessions) >= self.most:  # first: two runs' models may not fit
                 oldest = min(self._sessions.values(), key=lambda own: own.used)
                 del self._sessions[oldest.id]
-            session = Session(secrets.token_urlsafe(16), run, desk)
+            session = Session(secrets.token_urlsafe(16), run, loaded(self.runs / run))
             self._sessions[session.id] = session
             return session
 
     @contextmanager
     def using(self, session_id: str) -> Iterator[Session]:
-        """One question to a session. Raises LookupError where there is none (any more)."""
+        """One question to a session.
+
+        Raises:
+            Absent: there is none (any more).
+            MachineError: too many wait already.
+        """
         session = self._sessions.get(session_id)
         if session is None:
-            raise LookupError(session_id)
-        with session.lock:
-            session.used = time.monotonic()
-            yield session
-            session.used = time.monotonic()
+            raise Absent(session_id)
+        if not self._places.acquire(blocking=False):
+            raise MachineError(f"{WAITING} questions to the models wait already; ask again a little later")
+        try:
+            with session.lock:
+                session.used = time.monotonic()
+                yield session
+                session.used = time.monotonic()
+        finally:
+            self._places.release()
 
     def drop(self, session_id: str) -> None:
-        """Unload. Raises LookupError where there is none."""
+        """Unload. Raises Absent where there is none."""
         with self._lock:
             if self._sessions.pop(session_id, None) is None:
-                raise LookupError(session_id)
+                raise Absent(session_id)
 
     def close(self) -> None:
         self._closed.set()
@@ -82,3 +99,13 @@ class Sessions:
                 for session in list(self._sessions.values()):
                     if now - session.used > self.idle and not session.lock.locked():
                         del self._sessions[session.id]
+
+
+def loaded(run: Path) -> "LiveDesk":
+    """A run's desk. Imported here: a server that only shows pages starts in a second, without torch."""
+    from bridges.service.live_desk import LiveDesk
+    from extractor.machine import fast_fp32, use_all_cores
+
+    use_all_cores()
+    fast_fp32()
+    return LiveDesk.of_run(run)

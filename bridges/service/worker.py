@@ -55,8 +55,6 @@ class Worker:
     def run(self, *, until_empty: bool = False) -> None:
         """Work until stopped, or until no job can be claimed."""
         while not self.is_stopping.is_set():
-            if not self.queue.is_current:
-                self.queue = Queue(self.queue.runs)
             lease = self.queue.claim(self.owner, self.config.lease)
             if lease is not None:
                 self.run_job(lease)
@@ -91,6 +89,7 @@ class Worker:
         processes.kill(job.id, range(begun.attempt, begun.attempt + 1))
         process.wait()
         pump.join(timeout=5)
+        folder.redact_outcome(self.redactor.redact)
         if state is not None:
             self._conclude(begun, folder, state, process.returncode, pump.last_line)
 
@@ -143,7 +142,8 @@ class Worker:
         elif told in MISTAKES:
             self._end(lease, "failed", why, code=told)
         elif told in RESUMABLE or code == BUSY:
-            self._end(lease, "queued", why or last_line, counts=False, code=told)
+            # Nobody asked. What got further has left a checkpoint; the rest would go on like this for ever.
+            self._end(lease, "queued", why or last_line, code=told or code)
         else:
             self._end(lease, "queued", why or f"it ended with code {code}: {last_line}", code=told or code)
 

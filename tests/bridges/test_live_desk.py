@@ -8,80 +8,33 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from bridges.checkpoint import DenseConfig
+from bridges.cli import main
 from bridges.dense import DenseModel
 from bridges.desk import Desk
 from bridges.edit import Edit, EditLimits
-from bridges.evaluate import evaluate_bridges, measure_energies_
+from bridges.evaluate import measure_energies_
 from bridges.live import LiveEdit
 from bridges.service.desk_prompt import CASES
-from bridges.service.live_desk import DeskRequest, LiveDesk
+from bridges.service.desk_request import DeskRequest
+from bridges.service.live_desk import LiveDesk
 from bridges.warm_start import StudentShape, make_student
-from extractor.artifacts import fingerprint, write_json
-from extractor.circuit import Circuit, edges_between
-from extractor.data import DataConfig
 from extractor.errors import InputError, UsageError
 from extractor.intervention import Intervention, ablate, clamp, patch, steer
-from extractor.masks import mean_activations, save_means
 from extractor.rotation import RotationConfig
 from extractor.sites import Node, Recorder, Site
-from extractor.tasks import Pair, encode_pairs, make_pairs
-from tests.conftest import ROOT
+from extractor.tasks import Pair, encode_pairs
 from tests.families import tiny_model
 from tests.families import tokens as family_tokens
-
-TASKS = ("with_as", "bracket_paren", "longer")
-ADDRESSES = ("0.attn.act_in", "0.mlp.act_in", "0.mlp.post_act", "0.attn.v", "1.attn.act_in")
-OF_EDIT = "1.mlp.act_in:5"  # an edit may move channels that its circuit does not have
-READS = ["0.mlp.act_in:3", "0.mlp.act_in:9"]
-LAST_WRITE = Node("1.mlp.resid_delta", 2)  # written after the last site: the dense model has no place for it
-LONGER = Pair("with open(path, mode) as a:\n    b =", "with open(path) as a:\n    b =", " one", " two", 0)
+from tests.live_run import ADDRESSES, LAST_WRITE, OF_EDIT, READS, TASKS, make_live_run
 
 
 @pytest.fixture(scope="module")
 def run(tiny_checkpoint, shipped_tokenizer, tmp_path_factory) -> Path:
-    """What train, extract and edit leave, of a student that copies an untrained model."""
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    dense = DenseModel.from_pretrained(DenseConfig(path=str(tiny_checkpoint)))
-    student, bridges = make_student(dense, StudentShape(hidden_size=40), RotationConfig(enabled=False))
-    blocks = torch.randint(1, 2048, (4, 32), generator=torch.Generator().manual_seed(0))
-    measure_energies_(dense, student, bridges, blocks)
-    student.save_pretrained(run / "student")
-    shipped_tokenizer.save_pretrained(run / "student")
-    sha = fingerprint(run / "student")
-    bridges.save_pretrained(run / "bridges", dense_sha256=dense.sha256)
-    means = mean_activations(student, blocks)
-    facts = {"student_sha256": sha, "train_text_sha256": "text"}
-    save_means(run / "circuits" / "means.safetensors", means, facts)
-    nodes = frozenset(Node(address, channel) for address in ADDRESSES for channel in (3, 9)) | {LAST_WRITE}
-    for task in TASKS:
-        prompts = "with_as" if task == "longer" else task
-        (pair,) = make_pairs(prompts, shipped_tokenizer, split="held_out", count=1, seed=0, max_tokens=128)
-        pair = LONGER if task == "longer" else pair
-        example = {name: getattr(pair, name) for name in ("clean", "corrupted", "answer", "distractor")}
-        evidence = {"example": example, "verdict": {"word": "supported", "reasons": []}}
-        settings = {"prompts": prompts, "ablation": "mean"}
-        circuit = Circuit(task, nodes, edges_between(student, nodes), sha, settings, evidence=evidence)
-        circuit.save(run / "circuits" / f"{task}.json")
-    figures = evaluate_bridges(dense, student, bridges, blocks)
-    write_json(run / "evaluation.json", {"schema_version": 1, "bridges": figures})
-    text = DataConfig(source=str(ROOT / "extractor"), held_out_frac=0.3, context_length=32)
-    config = {"dense": {"path": str(tiny_checkpoint)}, "data": text.model_dump(mode="json")}
-    (run / "config.yaml").write_text(yaml.safe_dump(config) + "# processes 1\n")
-    change = patch([Node.parse(OF_EDIT)]).of_student(sha)
-    measured = {"strengths": [0.0, 1.0, 2.0], "flip_rate_indirect": [0.0, 0.1, 0.4]}
-    growth = [{"nodes": [OF_EDIT, "1.mlp.act_in:7"]}, {"nodes": READS[::-1]}]
-    Edit.from_intervention(change, student, bridges).save(
-        run / "edits" / "with_as", {**measured, "growth": growth, "limits": EditLimits().model_dump()}
-    )
-    edit = json.loads((run / "edits" / "with_as" / "edit.json").read_text())
-    write_json(run / "edits" / "with_as" / "edit.json", edit | {"student_sha256": sha})
-    return run
+    return make_live_run(tmp_path_factory.mktemp("runs") / "tiny", tiny_checkpoint, shipped_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -318,11 +271,20 @@ def test_tasks_begin_with_the_edits_nodes(desk) -> None:
     assert len(own["nodes"]) == len(set(own["nodes"])) == 2 * len(ADDRESSES) + 2
     assert own["edit"] == {"nodes": [OF_EDIT], "strength": 2.0, "refusals": []}
     assert other["edit"] is None
+    assert own["of_nodes"] == len(own["nodes"])
     assert own["verdict"] == "supported"
     assert set(own["example"]) == {"clean", "corrupted", "answer", "distractor"}
     assert desk.intervene(request_of(desk, nodes=[OF_EDIT]))["dense"]["kl"] > 0
     found = desk.intervene(request_of(desk, prompt="an own prompt", counterfactual="an own prompt"))
     assert "none of the task's" in found["dense"]["difference"]["undefined"]
+
+
+def test_of_a_huge_circuit_the_nodes_that_matter_are_offered_and_any_may_be_asked(desk, monkeypatch) -> None:
+    monkeypatch.setattr("bridges.service.live_desk.SHOWN_NODES", 3)
+    own = desk.tasks()[-1]
+    assert own["nodes"] == [OF_EDIT, READS[1], READS[0]]
+    assert own["of_nodes"] == 2 * len(ADDRESSES) + 2
+    assert desk.intervene(request_of(desk, nodes=["0.attn.v:3"]))["dense"]["kl"] > 0
 
 
 def test_a_run_that_changed_is_not_current_and_one_that_is_not_whole_is_refused(run, desk, tmp_path) -> None:
@@ -427,3 +389,42 @@ def test_an_edit_within_its_limits_is_exported_without_force(desk, run) -> None:
     assert facts["fitting_error"][str(Site(0, "resid_mid"))] < 1
     with pytest.raises(InputError, match="off-target KL undefined"):
         desk.export(request_of(desk, strength=0.05, positions="last"), "only-last")
+
+
+# --- from a terminal ---------------------------------------------------------------------------------------
+
+
+def test_what_the_page_does_a_command_does(desk, run, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("bridges.service.desk_command.loaded", lambda folder: desk)
+    monkeypatch.setattr(
+        desk, "export", lambda request, name, *, force: exported.append((request, name, force))
+    )
+    exported: list[tuple] = []
+
+    def said(*words: str) -> str:
+        main(["desk", str(run), *words])
+        return capsys.readouterr().out
+
+    assert f"with_as: supported, {2 * len(ADDRESSES) + 2} nodes, edit: {OF_EDIT} at strength 2" in said()
+    found = json.loads(said("--task", "with_as", "--json"))
+    assert found == json.loads(json.dumps(desk.intervene(request_of(desk, nodes=[OF_EDIT], strength=2.0))))
+    words = ["--task", "with_as", "--kind", "zero", "--nodes", *READS, "--strength", "4"]
+    text = said(*words, "--off_target", "--continuation", "3", "--save", "typed")
+    assert text.startswith('student: "')
+    assert "other text: KL " in text
+    assert "goes on after: " in text
+    assert text.endswith("kept: interventions/typed.json\n")
+    loaded = Intervention.load(run / "interventions" / "typed.json", desk.models.hashes.student_sha256)
+    assert loaded == desk._change(request_of(desk, kind="zero"))[1]
+    assert "kept: adapters/typed" in said(*words, "--export", "typed", "--force")
+    assert exported == [(request_of(desk, kind="zero"), "typed", True)]
+    wrong = [
+        (["--task", "none"], 3),
+        (["--task", "with_as", "--strength", "1e9"], 2),
+        ([*words, "--nodes", "x"], 2),
+    ]
+    for bad, code in wrong:
+        with pytest.raises(SystemExit) as told:
+            said(*bad)
+        assert told.value.code == code
+        assert capsys.readouterr().err.count("\n") == 1

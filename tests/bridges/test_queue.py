@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bridges.cli import main
 from bridges.service.jobs import Job, JobFolder
 from bridges.service.queue import FILE, Queue, reindex
 from extractor.errors import InputError, MachineError, UsageError
@@ -165,6 +166,46 @@ def test_what_was_running_when_the_index_was_lost_is_queued_again(queue: Queue) 
     assert again.get(job.id)[1].state == "queued"
     assert queue.renew(lease, LONG) is None  # the worker that held it sees that the index is another
     assert again.claim("other", LONG).attempt == 2
+
+
+@pytest.mark.parametrize("ends", [("",), ("", "-wal", "-shm")])
+def test_a_queue_that_is_open_follows_its_index(queue: Queue, ends: tuple[str, ...]) -> None:
+    """A server's: what it queues after the index was removed, a new worker finds; nothing else is lost."""
+    first = queue.submit(Job.new("a", "train"))
+    for end in ends:
+        queue.path.with_name(FILE + end).unlink()
+    second = queue.submit(Job.new("b", "train"))
+    worker = Queue(queue.runs)
+    assert {worker.claim("me", LONG).job.id for _ in range(2)} == {first.id, second.id}
+    assert queue.count() == 2
+    assert [queue.get(job.id)[1].state for job in (first, second)] == ["running", "running"]
+    worker.path.write_bytes(b"no database" * 1000)
+    assert reindex(queue.runs) == (2, [])
+    assert queue.submit(Job.new("c", "train")).id == Queue(queue.runs).page()[0][1].id
+
+
+def test_an_index_that_another_process_holds_is_one_line_and_stays(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    job = queue.submit(Job.new("run", "train"))
+    monkeypatch.setattr("bridges.service.queue.PATIENCE", 0.05)
+    other = sqlite3.connect(queue.path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    held = Queue(queue.runs)
+    with pytest.raises(MachineError, match="another process holds the index"):
+        held.cancel(job.id)
+    assert held.get(job.id)[0] == job
+    with pytest.raises(SystemExit) as told:
+        main(["cancel", job.id, "--runs", str(queue.runs)])
+    assert told.value.code == 4
+    said = capsys.readouterr().err
+    assert said.startswith("error: another process holds")
+    assert said.count("\n") == 1
+    with pytest.raises(MachineError, match="try again"):
+        reindex(queue.runs)
+    assert queue.is_current  # held is not damaged
+    other.execute("ROLLBACK")
+    assert held.cancel(job.id).state == "cancelled"
 
 
 def test_reindex_leaves_a_held_job_with_its_worker(queue: Queue) -> None:

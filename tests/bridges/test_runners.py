@@ -4,6 +4,7 @@ run for real."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,9 +14,9 @@ import pytest
 import yaml
 
 from bridges.cli import main
-from bridges.service.jobs import Job, JobFolder
-from bridges.service.queue import Queue
-from bridges.service.runners import SkyPilotRunner, SlurmRunner, runner
+from bridges.service.jobs import Job, JobFolder, Status
+from bridges.service.queue import Queue, reindex
+from bridges.service.runners import SkyPilotRunner, SlurmRunner, handed_over, runner
 from extractor.errors import InputError, MachineError, UsageError
 from tests.conftest import ROOT
 
@@ -23,6 +24,9 @@ RECIPE = """
 import json, os, signal, sys, time
 from pathlib import Path
 run = Path(sys.argv[sys.argv.index("--run") + 1])
+if "--print_config" in sys.argv:
+    print(f"run: {run}")
+    sys.exit()
 (run / "seen.json").write_text(json.dumps(sys.argv[1:]))
 def stop(*_):
     (run / "checkpoint").touch()
@@ -86,6 +90,7 @@ def test_what_is_rendered_runs_the_job_with_its_own_words(kind, home: Path) -> N
     if kind is SkyPilotRunner:
         script = yaml.safe_load(script)["run"]
     assert run_script(home, script).wait(timeout=60) == 0
+    assert engine.folder(job).read()[1].ended
     assert json.loads((home / "runs" / "mine" / "seen.json").read_text()) == list(job.arguments)
     assert not list(home.rglob("pwned"))
     assert engine.poll(job) == ("done", "")
@@ -123,6 +128,7 @@ def test_a_running_job_is_cancelled_by_a_mark_and_a_waiting_one_by_the_engine(ho
     engine.cancel(waiting)
     assert "scancel 4711" in calls(home)
     assert engine.poll(waiting)[0] == "cancelled"
+    assert engine.folder(waiting).read()[1].ended
 
 
 @pytest.mark.parametrize(
@@ -173,20 +179,76 @@ def test_options_and_paths_that_would_break_out_of_a_line_are_refused(home: Path
     assert all(not line.startswith("#SBATCH") for line in sent)
 
 
-def test_an_engine_that_is_not_here_or_fails_is_one_line(home: Path, monkeypatch) -> None:
+def test_an_engine_that_is_not_here_or_fails_is_one_line_and_leaves_no_job(home: Path, monkeypatch) -> None:
     (home / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Invalid account' >&2\nexit 1\n")
+    (home / "runs" / "other").mkdir(parents=True)
     job = job_of()
     with pytest.raises(MachineError, match="Invalid account"):
         SlurmRunner(home / "runs", home).submit(job)
+    assert reindex(home / "runs") == (0, [])  # a refused job is not one for a worker here
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(MachineError, match="not on this machine: pip install"):
         SkyPilotRunner(home / "runs", home).submit(job)
+    assert reindex(home / "runs") == (0, [])
+    assert [path.name for path in (home / "runs").iterdir() if path.is_dir()] == ["other"]
+
+
+@pytest.mark.parametrize("stop", ["killed", "no answer"])
+def test_a_handover_that_was_broken_off_is_run_by_nobody_twice(home: Path, stop: str, monkeypatch) -> None:
+    """The engine may have it: a worker here must not take it, nor is it handed over again."""
+    job, engine = job_of(), SlurmRunner(home / "runs", home)
+    if stop == "killed":
+        monkeypatch.setattr(engine, "send", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    else:
+        monkeypatch.setattr("bridges.service.runners.TIMEOUT", 0.05)
+        (home / "bin" / "sbatch").write_text("#!/bin/sh\nexec sleep 5\n")
+    with pytest.raises((KeyboardInterrupt, MachineError)):
+        engine.submit(job)
+    assert reindex(home / "runs") == (0, [])
+    assert Queue(home / "runs").claim("here", 60) is None
+    with pytest.raises(InputError, match="was broken off, so slurm may have it"):
+        SlurmRunner(home / "runs", home).submit(job)
+    ((_, status),) = handed_over(home / "runs", ask=True)
+    assert status.state == "queued"
+    assert "was broken off" in status.reason
+
+
+def test_what_an_engine_ended_is_seen_in_lists_and_ends_a_followed_log(home: Path, capsys) -> None:
+    """A job that Slurm killed says nothing itself."""
+    job, runs = job_of(), ["--runs", str(home / "runs")]
+    folder = JobFolder(home / "runs", "mine", job.id)
+    SlurmRunner(home / "runs", home).submit(job)
+    folder.write_status(Status(state="running", attempt=1))
+    folder.log.write_text("step 1\n\x1b]0;owned\x07\x1b[2J\n")
+    (home / "calls.state").write_text("TIMEOUT\n")
+    main(["jobs", *runs])
+    assert re.search(r"mine +train +failed +1 +slurm: TIMEOUT", capsys.readouterr().out)
+    main(["logs", "-f", job.id, *runs])
+    assert capsys.readouterr().out == "step 1\n[U+001B]]0;owned[U+0007][U+001B][2J\n"
+    assert folder.read()[1].state == "running"  # the engine may queue it again
+    (home / "calls.state").write_text("RUNNING\n")
+    main(["jobs", "--json", *runs])
+    assert json.loads(capsys.readouterr().out)[0]["state"] == "running"
+
+
+def test_a_terminal_is_shown_no_control_characters(home: Path, capsys) -> None:
+    """Whatever a recipe printed, or a job was refused with."""
+    runs, hostile = ["--runs", str(home / "runs")], "\x1b]0;owned\x07\x9b2J\u202ered"
+    job = Queue(home / "runs").submit(job_of())
+    folder = JobFolder(home / "runs", "mine", job.id)
+    folder.log.write_text(f"a\tb\n{hostile}\n")
+    folder.write_status(Status(state="failed", reason=hostile))
+    (home / "runs" / ".sparsebridge.sqlite").unlink()
+    shown = "[U+001B]]0;owned[U+0007][U+009B]2J[U+202E]red"
+    main(["logs", job.id, *runs])
+    assert capsys.readouterr().out == f"a\tb\n{shown}\n"
+    main(["jobs", *runs])
+    assert shown in capsys.readouterr().out
 
 
 def test_dry_run_prints_what_would_be_sent_and_sends_nothing(home: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(ROOT)
-    words = ["submit", "--runs", str(home / "runs"), "--runner", "slurm", "--dry_run", "train"]
-    main([*words, "--config", "recipes/python/train.yaml", "--run", str(home / "runs" / "mine")])
+    monkeypatch.chdir(home)
+    main(["submit", "--runner", "slurm", "--dry_run", "train", "--run", "runs/mine"])
     assert "#SBATCH --requeue" in capsys.readouterr().out
     assert calls(home) == []
     assert not (home / "runs" / "mine").exists()

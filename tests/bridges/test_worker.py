@@ -18,6 +18,7 @@ from bridges.service.jobs import Job, JobFolder, Status
 from bridges.service.log_pump import parse_bar
 from bridges.service.processes import MARK
 from bridges.service.queue import Queue
+from bridges.service.serve import OneWorker, WorkerKeeper
 from bridges.service.worker import Worker, WorkerConfig
 from tests.conftest import ROOT
 
@@ -37,7 +38,9 @@ def leave(code, words):
 
 
 if mode == "mistake":
-    leave(2, "tasks: no such task")
+    leave(2, "tasks: no such task, hf_abcdefghijklmnopqrstuvwxyzABCDEFGH")
+elif mode == "gives_up":  # says that it can go on, and nobody had asked it to stop
+    leave(int(sys.argv[2]), "interrupted")
 elif mode == "crash":
     raise RuntimeError("it always breaks")
 elif mode == "kill_parent":
@@ -78,8 +81,9 @@ def home(tmp_path: Path) -> Path:
 def queue(home: Path) -> Iterator[Queue]:
     queue = Queue(home / "runs")
     yield queue
+    own = {job.id for _, job, _ in queue.page(limit=1000)}
     for process in psutil.process_iter(["environ"]):
-        assert MARK not in (process.info["environ"] or {}), "a job's process outlived its test"
+        assert (process.info["environ"] or {}).get(MARK) not in own, "a job's process outlived its test"
     queue.close()
 
 
@@ -112,7 +116,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def start_worker(home: Path, launcher: tuple[str, ...] = LAUNCH, **environ: str) -> subprocess.Popen:
+def start_worker(home: Path, launcher: tuple[str, ...] = PLAIN, **environ: str) -> subprocess.Popen:
     """A worker as a process of its own, with a short lease."""
     code = (
         "from pathlib import Path; from bridges.service.queue import Queue;"
@@ -128,7 +132,7 @@ def start_worker(home: Path, launcher: tuple[str, ...] = LAUNCH, **environ: str)
 
 def test_a_job_runs_to_its_end_and_no_secret_reaches_its_log(queue: Queue, home: Path) -> None:
     job = submit(queue, "fine")
-    work(queue, home, launcher=LAUNCH)
+    work(queue, home)
     status = ended(queue, job)
     assert (status.state, status.exit_code, status.attempt) == ("done", 0, 1)
     assert "the end, with [redacted] in it" in log_of(queue, job)
@@ -138,7 +142,10 @@ def test_a_user_s_mistake_fails_at_once_with_the_recipe_s_own_words(queue: Queue
     job = submit(queue, "mistake")
     work(queue, home, launcher=LAUNCH)
     status = ended(queue, job)
-    assert (status.state, status.exit_code, status.reason) == ("failed", 2, "tasks: no such task")
+    assert (status.state, status.exit_code) == ("failed", 2)
+    assert status.reason == "tasks: no such task, [redacted]"
+    folder = JobFolder(queue.runs, job.run, job.id)
+    assert folder.read_outcome() == (2, status.reason)  # the file that the recipe wrote holds no secret, too
     assert attempts(home) == [1]
 
 
@@ -149,6 +156,14 @@ def test_a_poison_job_fails_after_its_attempts_and_the_queue_goes_on(queue: Queu
     assert "2 attempts in a row came to nothing" in ended(queue, poison).reason
     assert ended(queue, fine).state == "done"
     assert len(attempts(home)) <= 3
+
+
+@pytest.mark.parametrize("code", ["75", "130"])
+def test_a_job_that_stops_unasked_again_and_again_fails(queue: Queue, home: Path, code: str) -> None:
+    job = queue.submit(Job.new("run", "train", ["gives_up", code, "--run", "runs/run"]))
+    work(queue, home, attempts=2)
+    assert ended(queue, job).state == "failed"
+    assert "2 attempts in a row came to nothing: interrupted" in ended(queue, job).reason
 
 
 def test_attempts_that_get_further_are_not_counted(queue: Queue, home: Path) -> None:
@@ -224,11 +239,12 @@ def test_a_worker_that_is_killed_or_stalls_loses_its_job_to_the_next(
 ) -> None:
     """Never two attempts at once: the next worker ends what is left of the first."""
     job = submit(queue, "stop")
-    first = start_worker(home)
+    # With a launcher once: its child is in a session of its own, and must end, too.
+    first = start_worker(home, LAUNCH if number == signal.SIGKILL else PLAIN)
     wait_for((home / "runs" / "run" / "started").exists)
     first.send_signal(number)
     (home / "runs" / "run" / "checkpoint").touch()  # the second attempt has something to go on from
-    time.sleep(1.5)
+    time.sleep(1.1)  # its lease is one second
     second = start_worker(home)
     assert second.wait(timeout=60) == 0
     assert ended(queue, job).state == "done"
@@ -239,6 +255,29 @@ def test_a_worker_that_is_killed_or_stalls_loses_its_job_to_the_next(
         assert ended(queue, job).state == "done"
         assert attempts(home) == [1, 2]
     first.wait(timeout=60)
+
+
+def test_a_worker_that_cannot_start_is_tried_less_and_less_often(tmp_path: Path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(WorkerKeeper, "FIRST", 0.02)
+    keeper = WorkerKeeper(tmp_path / "runs", tmp_path)
+    keeper.command = ["/bin/sh", "-c", "echo started >> count; exit 4"]
+    monkeypatch.chdir(tmp_path)
+    keeper.start()
+    time.sleep(1.0)
+    keeper.stop()
+    starts = len((tmp_path / "count").read_text().split())
+    assert 2 <= starts <= 6  # after 0.04, 0.08, 0.16, ... seconds; not fifty times
+    assert "the worker ended with code 4; it is started again in" in capfd.readouterr().err
+
+
+def test_a_worker_of_an_earlier_server_goes_on_and_is_named(tmp_path: Path, capsys) -> None:
+    lock = OneWorker(tmp_path)
+    assert lock.take()
+    keeper = WorkerKeeper(tmp_path, tmp_path)
+    keeper.start()
+    keeper.stop()
+    assert f"`kill {os.getpid()}` ends it" in capsys.readouterr().err
+    assert not OneWorker(tmp_path).take()
 
 
 def test_progress_bars_become_numbers() -> None:

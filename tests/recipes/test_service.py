@@ -1,62 +1,20 @@
-"""The service as people use it: a browser on a server of its own, and clients on loopback."""
+"""The service's HTTP API, asked as clients ask it: a server in a second process."""
 
 import json
-import os
 import re
-import shutil
-import signal
-import statistics
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from bridges.service.jobs import Job, JobFolder, Status
-from bridges.service.queue import reindex
+from bridges.service.queue import FILE, Queue, reindex
+from bridges.service.serve import OneWorker
+from extractor.artifacts import write_json
+from tests.bridges.test_queue import fill
 from tests.conftest import ROOT
-
-httpx = pytest.importorskip("httpx", reason="httpx is in the test extra")
-pytest.importorskip("fastapi", reason="FastAPI is in the test extra")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium")
-
-
-class Server:
-    """`sparsebridge serve` in a folder with the recipes."""
-
-    def __init__(self, home: Path, *words: str):
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bridges.cli", "serve", "--port", "0", *words],
-            cwd=home, env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        line = self.process.stdout.readline()
-        self.address = re.search(r"http://\S+?(?=/)", line)[0]
-        self.client = httpx.Client(base_url=self.address, timeout=120)
-
-    def close(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(timeout=180)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    (tmp_path / "runs").mkdir()
-    return tmp_path
-
-
-@pytest.fixture
-def server(home: Path) -> Iterator[Server]:
-    server = Server(home, "--no_worker")
-    yield server
-    server.close()
+from tests.recipes.service_server import Server, make_home
 
 
 def test_a_job_is_submitted_once_followed_and_cancelled(server: Server) -> None:
@@ -72,23 +30,30 @@ def test_a_job_is_submitted_once_followed_and_cancelled(server: Server) -> None:
     changed = ask | {"settings": {}}
     other = server.client.post("/api/v1/jobs", json=changed, headers={"Idempotency-Key": "one"})
     assert other.status_code == 400
-    assert len(server.client.get("/api/v1/jobs").json()["jobs"]) == 1
+    elsewhere = server.client.post(
+        "/api/v1/jobs", json=ask | {"run": "another"}, headers={"Idempotency-Key": "one"}
+    )
+    assert elsewhere.status_code == 400  # not silently a second job
+    known = server.client.get("/api/v1/jobs").json()["jobs"]
+    assert [own["id"] for own in known if own["run"] in ("mine", "another")] == [job["id"]]
+    assert "no worker is running" in job["waits"]
     assert server.client.post(f"/api/v1/jobs/{job['id']}/cancel", json={}).json()["state"] == "cancelled"
     with server.client.stream("GET", f"/api/v1/jobs/{job['id']}/events") as events:
         lines = list(events.iter_lines())
     assert [line for line in lines if line.startswith("event")] == ["event: job", "event: end"]
 
 
-def test_events_go_on_where_a_reader_stopped(server: Server, home: Path) -> None:
-    """Each step and each line of the log once, though the reader comes back."""
-    job = Job.new("mine", "train")
-    folder = JobFolder(home / "runs", "mine", job.id)
+def test_events_go_on_where_a_reader_stopped(server: Server) -> None:
+    """Each step and each line of the log once, though the reader comes back and the file is written again."""
+    job = Job.new("long", "train")
+    folder = JobFolder(server.runs, "long", job.id)
     folder.write_job(job)
     folder.write_status(Status(state="done"))
-    rows = [{"step": step, "ce": 1.0} for step in range(1, 1201)]
-    (home / "runs" / "mine" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"step": step, "ce": 1.0} for step in range(1, 5001)]
+    (server.runs / "long" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    size = (server.runs / "long" / "metrics.jsonl").stat().st_size
     folder.log.write_text("".join(f"line {i}\n" for i in range(20_000)))
-    reindex(home / "runs")
+    reindex(server.runs)
 
     def read(last: str | None, most: int) -> tuple[list[tuple[str, object]], str | None]:
         """Some events, then the reader drops the connection."""
@@ -107,27 +72,30 @@ def test_events_go_on_where_a_reader_stopped(server: Server, home: Path) -> None
                         return found, last
         return found, last
 
+    metrics = server.runs / "long" / "metrics.jsonl"
     seen, last = [], None
     while not seen or seen[-1][0] != "end":
         some, last = read(last, most=2)
         seen += some
+        if metrics.stat().st_size == size:  # as training that is resumed does: the same steps, other bytes
+            metrics.write_text("".join(json.dumps(row | {"s": 12.5}) + "\n" for row in rows))
     steps = [row["step"] for kind, value in seen if kind == "metrics" for row in value]
-    assert steps == list(range(1, 1201))
+    assert steps == list(range(1, 5001))
     assert "".join(value for kind, value in seen if kind == "log") == folder.log.read_text()
 
 
-def test_hostile_text_is_shown_as_text(server: Server, home: Path) -> None:
+def test_hostile_text_is_shown_as_text(server: Server) -> None:
     hostile = "</script><img src=x onerror=alert(1)>'\"&\u2028\u202e"
-    folder = home / "runs" / "one"
+    folder = server.runs / "hostile"
     (folder / "circuits").mkdir(parents=True)
     evidence = {"nodes": 1, "edges": 1, "loss": 0.1, "verdict": {"word": hostile}}
     circuit = {"task": hostile, "nodes": [], "edges": [], "evidence": evidence}
     (folder / "circuits" / "x'\"<b>.json").write_text(json.dumps(circuit))
-    job = Job.new("one", "train", [hostile])
-    JobFolder(home / "runs", "one", job.id).write_job(job)
-    JobFolder(home / "runs", "one", job.id).write_status(Status(state="failed", reason=hostile))
-    reindex(home / "runs")
-    for path in ("/", "/runs/one", f"/jobs/{job.id}"):
+    job = Job.new("hostile", "train", [hostile])
+    JobFolder(server.runs, "hostile", job.id).write_job(job)
+    JobFolder(server.runs, "hostile", job.id).write_status(Status(state="failed", reason=hostile))
+    reindex(server.runs)
+    for path in ("/", "/runs/hostile", f"/jobs/{job.id}"):
         answer = server.client.get(path)
         assert answer.status_code == 200, path
         assert "<img" not in answer.text, path
@@ -151,45 +119,166 @@ def test_hostile_text_is_shown_as_text(server: Server, home: Path) -> None:
     ],
 )
 def test_a_wrong_request_is_one_line_and_no_job(server: Server, change: dict, words: str) -> None:
-    ask = {"recipe": "train", "config": "python", "run": "mine"} | change
+    ask = {"recipe": "train", "config": "python", "run": "wrong"} | change
+    before = server.client.get("/readyz").json()
     answer = server.client.post(
         "/api/v1/jobs", content=json.dumps(ask), headers={"content-type": "application/json"}
     )
     assert answer.status_code in (400, 422)
     assert words in answer.json()["error"]
     assert "\n" not in answer.json()["error"]
-    assert server.client.get("/api/v1/jobs").json()["jobs"] == []
+    assert server.client.get("/readyz").json() == before
 
 
-def test_a_server_that_is_stopped_takes_its_worker_with_it(home: Path) -> None:
-    server = Server(home)
+def test_ten_thousand_jobs_come_page_by_page(server: Server) -> None:
+    wanted = fill(server.runs, 10_000)
+    seen, before, largest = [], None, 0
+    while True:
+        query = {"limit": 200, "state": "queued"} | ({"before": before} if before else {})
+        answer = server.client.get("/api/v1/jobs", params=query)
+        seen += [job["id"] for job in answer.json()["jobs"]]
+        largest = max(largest, len(answer.content))
+        if (before := answer.json()["before"]) is None:
+            break
+    assert len(seen) == len(set(seen))
+    assert wanted <= set(seen)
+    assert largest < 256 << 10
+    assert server.client.get("/readyz").json()["jobs"] >= 10_000
+    page = server.client.get("/").text
+    older = re.search(r'href="/\?before=(\d+)"', page)
+    assert f"50 of {server.client.get('/readyz').json()['jobs']}" in page
+    assert server.client.get(f"/?before={older[1]}").text.count('<tr><th scope="row">') == 50
+    assert len(page) < 256 << 10
 
-    def workers() -> list[int]:
-        lines = [(one.pid, one.info["cmdline"] or []) for one in psutil.process_iter(["cmdline"])]
-        return [pid for pid, words in lines if "worker" in words and str(home / "runs") in words]
 
-    deadline = time.monotonic() + 30
-    while not workers():
+def test_a_server_goes_on_with_an_index_that_was_removed(server: Server) -> None:
+    """What it queues then, a new worker finds."""
+    ask = {"recipe": "train", "config": "python", "run": "before-loss"}
+    before = server.client.post("/api/v1/jobs", json=ask).json()["id"]
+    (server.runs / FILE).unlink()
+    after = server.client.post("/api/v1/jobs", json=ask | {"run": "after-loss"}).json()["id"]
+    worker = Queue(server.runs)
+    assert [worker.get(job)[1].state for job in (before, after)] == ["queued", "queued"]
+    worker.close()
+    assert server.client.get(f"/api/v1/jobs/{before}").status_code == 200
+
+
+def test_a_job_that_an_engine_has_is_shown_and_left_to_it(server: Server) -> None:
+    job = Job.new("far", "extract")
+    folder = JobFolder(server.runs, "far", job.id)
+    folder.write_job(job)
+    write_json(folder.engine, {"schema_version": 1, "engine": "slurm", "engine_id": "4711"})
+    found = server.client.get(f"/api/v1/jobs/{job.id}").json()
+    assert (found["engine"], found["waits"], found["state"]) == ("slurm", "", "queued")
+    index = server.client.get("/").text
+    assert "Handed to other engines" in index
+    assert f"/jobs/{job.id}" in index
+    page = server.client.get(f"/jobs/{job.id}").text
+    assert "slurm has this job" in page
+    assert "writes no losses" in page
+    answer = server.client.post(f"/api/v1/jobs/{job.id}/cancel", json={})
+    assert answer.status_code == 400
+    assert f"sparsebridge cancel {job.id}" in answer.json()["error"]
+
+
+# --- circuits --------------------------------------------------------------------------------------------
+
+
+def circuit_of(task: str, **changes: object) -> dict:
+    evidence = {"nodes": 2, "edges": 1, "loss": 0.1, "verdict": {"word": "supported"}}
+    nodes = ["0.mlp.act_in:1", "0.mlp.post_act:2"]
+    return {"schema_version": 1, "task": task, "evidence": evidence, "nodes": nodes,
+            "edges": [[*nodes, 0.5]]} | changes  # fmt: skip
+
+
+def test_a_damaged_circuit_is_a_row_of_its_own_and_names_no_path(server: Server) -> None:
+    folder = server.runs / "damaged" / "circuits"
+    write_json(folder / "fine.json", circuit_of("fine"))
+    (folder / "bare.json").write_text(json.dumps({"task": "bare", "evidence": {}}))
+    damages = {"text": "{", "list": "[]", "empty": "", "none": "{}", "deep": "[" * 100_000,
+               "word": json.dumps(circuit_of("word", evidence={"verdict": 1}))}  # fmt: skip
+    for name, text in damages.items():
+        (folder / f"{name}.json").write_text(text)
+    answer = server.client.get("/api/v1/runs/damaged/claims")
+    assert answer.status_code == 200
+    claims = {claim["task"]: claim for claim in answer.json()}
+    assert (claims["fine"]["nodes"], claims["fine"]["verdict"]["word"]) == (2, "supported")
+    assert (claims["bare"]["nodes"], claims["bare"]["verdict"]) == (0, None)
+    assert {name for name, claim in claims.items() if "damaged" in claim} == set(damages)
+    page = server.client.get("/runs/damaged")
+    assert page.status_code == 200
+    assert page.text.count("extract it again") == len(damages)
+    for text in (answer.text, page.text):
+        assert str(server.home) not in text
+
+
+def test_a_mistake_is_a_page_for_a_browser_and_names_no_path(server: Server) -> None:
+    (server.runs / "broken").mkdir()
+    (server.runs / "broken" / "evaluation.json").write_text("{")
+    found = server.client.get("/api/v1/runs/broken")
+    assert found.status_code == 422
+    assert "evaluation 'broken/evaluation.json' is not valid JSON" in found.json()["error"]
+    assert str(server.home) not in found.text
+    for path, code in (("/runs/absent", 404), ("/jobs/jnone", 404), ("/?before=x", 422)):
+        answer = server.client.get(path, headers={"accept": "text/html,*/*;q=0.8"})
+        assert answer.status_code == code
+        assert "<h1>This cannot be shown</h1>" in answer.text
+        assert 'href="/"' in answer.text
+
+
+def test_of_a_huge_circuit_the_strongest_edges_are_sent(server: Server) -> None:
+    """14,000 nodes, 100,000 edges: lists read its head alone, and no answer is large."""
+    nodes = [f"{i // 1000}.mlp.act_in:{i % 1000}" for i in range(14_000)]
+    weights = [((i * 7919) % 100_000 - 50_000) / 1e4 for i in range(100_000)]
+    edges = [[nodes[i % 14_000], nodes[(i * 7) % 14_000], weight] for i, weight in enumerate(weights)]
+    sizes = {"nodes": len(nodes), "edges": len(edges), "loss": 0.1, "verdict": None}
+    path = server.runs / "huge" / "circuits" / "huge.json"
+    write_json(path, circuit_of("huge", evidence=sizes, nodes=nodes, edges=edges))
+    assert path.stat().st_size > 4 << 20
+    found = server.client.get("/api/v1/runs/huge/circuits/huge")
+    assert len(found.content) < 4 << 20
+    shown = found.json()
+    assert shown["shown"] == {"nodes": 5_000, "of_nodes": 14_000, "edges": 20_000, "of_edges": 100_000}
+    assert shown["nodes"] == nodes[:5000]
+    found = sorted(abs(weight) for _, _, weight in shown["edges"])
+    assert found == sorted(map(abs, weights))[-20_000:]
+    with path.open("a") as file:  # what is not read cannot be missed
+        file.write("no JSON")
+    assert server.client.get("/api/v1/runs/huge/claims").json()[0]["edges"] == 100_000
+    assert "<td>14000</td><td>100000</td>" in server.client.get("/runs/huge").text
+
+
+def test_a_server_that_is_stopped_takes_its_worker_with_it(tmp_path: Path) -> None:
+    server = Server(make_home(tmp_path))
+    lock, deadline = OneWorker(server.runs), time.monotonic() + 60
+    while not lock.is_held:
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.05)
+    assert "no worker" not in server.client.get("/").text
+    worker = psutil.Process(int(lock.holder()))
     server.close()
     assert server.process.returncode == 0
-    assert workers() == []
+    assert not worker.is_running()
+    assert not lock.is_held
 
 
-def test_what_is_absent_and_what_lies_elsewhere_answer_alike(server: Server, home: Path) -> None:
-    (home / "runs2").mkdir()
-    (home / "runs2" / "report.json").write_text("secret")
-    (home / "runs" / "one").mkdir()
-    (home / "runs" / "one" / "report.json").symlink_to(home / "runs2" / "report.json")
+def test_what_is_absent_and_what_lies_elsewhere_answer_alike(server: Server) -> None:
+    (server.home / "runs2").mkdir()
+    (server.home / "runs2" / "report.json").write_text("secret")
+    (server.runs / "links").mkdir()
+    (server.runs / "links" / "report.json").symlink_to(server.home / "runs2" / "report.json")
+    (server.runs / "link").symlink_to(server.home / "runs2")
     paths = [
-        "/api/v1/runs/absent", "/api/v1/runs/one/report.json", "/api/v1/runs/..%2fruns2/report.json",
+        "/api/v1/runs/absent", "/api/v1/runs/links/report.json", "/api/v1/runs/..%2fruns2/report.json",
         "/api/v1/runs/%2e%2e/report.json", "/api/v1/jobs/jnone", "/runs/absent/report.html", "/nowhere",
-        "/static/../app.py", "/static/app.py", "/api/v1/runs/one/circuits/..%2f..%2fx",
+        "/runs/link", "/api/v1/runs/link",
+        "/static/../app.py", "/static/app.py", "/api/v1/runs/links/circuits/..%2f..%2fx",
     ]  # fmt: skip
     answers = {path: server.client.get(path) for path in paths}
     assert {answer.status_code for answer in answers.values()} == {404}, answers
     assert len({answer.text for answer in answers.values()}) == 1
+    assert "link" not in [run["run"] for run in server.client.get("/api/v1/runs").json()]
+    assert 'href="/runs/link"' not in server.client.get("/").text
 
 
 def test_the_committed_openapi_file_is_what_the_code_says(server: Server) -> None:
@@ -200,147 +289,3 @@ def test_the_committed_openapi_file_is_what_the_code_says(server: Server) -> Non
         for name in ("HTTPValidationError", "ValidationError"):
             value["components"]["schemas"].pop(name, None)
     assert found == committed
-
-
-@needs_browser
-def test_the_pages_are_submitted_from_read_aloud_and_say_nothing_to_the_console(server: Server) -> None:
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is in the test extra")
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is in the test extra")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        # axe puts its own script into the page, which the page's policy forbids as it should.
-        page = browser.new_context(bypass_csp=True).new_page()
-        said: list[str] = []
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto(server.address)
-        assert axe.Axe().run(page).violations_count == 0
-        page.fill("input[name=run]", "../elsewhere")
-        page.eval_on_selector("#submit", "form => { form.noValidate = true; }")
-        page.click("text=Submit")
-        page.wait_for_selector("#error:not(:empty)")
-        assert "a name of letters" in page.inner_text("#error")
-        said.clear()  # the browser's own line about the answer 400
-        page.fill("input[name=run]", "mine")
-        page.click("text=Submit")
-        page.wait_for_url("**/jobs/*")
-        assert page.inner_text("#state") == "queued"
-        assert axe.Axe().run(page).violations_count == 0
-        page.click("#cancel")
-        page.wait_for_selector("#cancel", state="hidden")
-        assert page.inner_text("#state") == "cancelled"
-        page.click("h1 a")
-        assert "No circuits yet" in page.inner_text("main")
-        assert axe.Axe().run(page).violations_count == 0
-        assert said == []
-        browser.close()
-
-
-# --- a whole quickstart, in a browser ---------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """In a folder of its own, or in that of an earlier run of these tests (SPARSEBRIDGE_HOME)."""
-    home = Path(os.environ.get("SPARSEBRIDGE_HOME") or tmp_path_factory.mktemp("home"))
-    if not (home / "recipes").exists():
-        (home / "recipes").symlink_to(ROOT / "recipes")
-    server = Server(home)
-    yield server
-    server.close()
-
-
-class Browser:
-    """A page that nothing may be said on; SPARSEBRIDGE_PICTURES is a folder for pictures of it."""
-
-    def __init__(self, address: str):
-        playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is in the test extra")
-        self.driver = playwright.sync_playwright().start()
-        browser = self.driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        self.page = browser.new_page(viewport={"width": 1100, "height": 900})
-        self.said: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.goto(address)
-
-    def picture(self, name: str) -> None:
-        if "SPARSEBRIDGE_PICTURES" in os.environ:
-            self.page.screenshot(path=Path(os.environ["SPARSEBRIDGE_PICTURES"]) / name, full_page=True)
-
-    def close(self) -> None:
-        self.driver.stop()
-        assert self.said == []
-
-
-@needs_browser
-@pytest.mark.slow
-def test_the_quickstart_is_submitted_in_a_browser_and_watched_to_its_end(quickstart: Server) -> None:
-    browser = Browser(quickstart.address)
-    page = browser.page
-    page.click("text=Submit")
-    page.wait_for_url("**/jobs/*")
-    page.wait_for_selector("#curves svg", timeout=600_000)
-    page.wait_for_timeout(60_000)
-    browser.picture("service-job.png")
-    page.wait_for_selector("#cancel", state="hidden", timeout=3_600_000)
-    assert page.inner_text("#state") == "done", page.inner_text("#log")[-2000:]
-    browser.close()
-
-
-@needs_browser
-@pytest.mark.slow
-def test_an_edit_s_strength_is_moved_until_the_dense_answer_flips(quickstart: Server) -> None:
-    """After the quickstart above."""
-    browser = Browser(f"{quickstart.address}/runs/quickstart")
-    page = browser.page
-    page.click("#open-desk")
-    page.wait_for_selector("#desk:not([hidden])", timeout=120_000)
-    page.select_option("#desk select[name=task]", "bracket_paren")
-    changed = []
-    for strength in ("0", "1", "2", "3"):
-        page.locator("#desk input[name=strength]").fill(strength)
-        page.wait_for_selector(f'#desk-answer[data-strength="{strength}"]', timeout=60_000)
-        changed.append("changed" in page.inner_text('p[data-model="dense"]'))
-        if changed[-1] and changed.count(True) == 1:
-            browser.picture("service-desk.png")
-    assert not changed[0]
-    assert any(changed)
-    page.fill("#keep input[name=name]", f"flip-{time.time_ns()}")
-    page.click("text=Save the setting as a file")
-    page.wait_for_selector("#kept:not(:empty)")
-    assert "kept: interventions/flip-" in page.inner_text("#kept")
-    browser.close()
-
-
-@pytest.mark.slow
-def test_twenty_clients_for_a_minute(quickstart: Server) -> None:
-    """No error, flat memory; after the quickstart above."""
-    session = quickstart.client.post("/api/v1/runs/quickstart/sessions", json={}).json()
-    task = next(own for own in session["tasks"] if own["edit"])
-    ask = {
-        "task": task["task"], "nodes": task["edit"]["nodes"], "kind": "patch",
-        "prompt": task["example"]["clean"], "counterfactual": task["example"]["corrupted"],
-    }  # fmt: skip
-    url = f"/api/v1/sessions/{session['id']}/intervene"
-    assert quickstart.client.post(url, json=ask).status_code == 200
-    process, codes, times = psutil.Process(quickstart.process.pid), [], []
-    end = time.monotonic() + 60
-
-    def client() -> None:
-        with httpx.Client(base_url=quickstart.address, timeout=60) as own:
-            while time.monotonic() < end:
-                begun = time.monotonic()
-                codes.append(own.post(url, json=ask).status_code)
-                times.append(time.monotonic() - begun)
-
-    clients = [threading.Thread(target=client) for _ in range(20)]
-    for one in clients:
-        one.start()
-    time.sleep(15)
-    before = process.memory_info().rss
-    for one in clients:
-        one.join()
-    grown = (process.memory_info().rss - before) / 2**20
-    assert set(codes) == {200}
-    assert grown < 32, f"{grown:.0f} MiB"
-    sys.stdout.write(f"{len(codes)} answers, +{grown:.1f} MiB, median {statistics.median(times):.3f} s\n")

@@ -14,16 +14,16 @@
     return made;
   };
   const say = (text) => { byId("error").textContent = text; };
-  const ask = async (method, path, body = undefined) => {
+  const ask = async (method, path, body = undefined, headers = {}) => {
     say("");
     let answer;
     try {
-      answer = await fetch(path, { method, headers: { "Content-Type": "application/json" }, body: body === undefined ? (method === "GET" ? undefined : "{}") : JSON.stringify(body) });
+      answer = await fetch(path, { method, headers: { "Content-Type": "application/json", ...headers }, body: body === undefined ? (method === "GET" ? undefined : "{}") : JSON.stringify(body) });
     } catch {
       throw new Error("The server does not answer. Is `sparsebridge serve` still running?");
     }
     const value = answer.status === 204 ? {} : await answer.json();
-    if (!answer.ok) throw new Error(value.error || `The server answered ${answer.status}.`);
+    if (!answer.ok) throw Object.assign(new Error(value.error || `The server answered ${answer.status}.`), { status: answer.status });
     return value;
   };
   const busy = async (button, work) => {
@@ -47,6 +47,10 @@
     };
     form.recipe.addEventListener("change", choose);
     choose();
+    // One key as long as the same is asked: a request that is sent again after a lost answer makes no second job.
+    const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+    let key = newKey();
+    form.addEventListener("input", () => { key = newKey(); });
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       busy(event.submitter, async () => {
@@ -56,7 +60,8 @@
           if (text) wanted[input.name.slice(4)] = plain(text);
         }
         const body = { recipe: form.recipe.value, config: form.config.value, run: form.run.value, settings: wanted };
-        const job = await ask("POST", "/api/v1/jobs", body);
+        const job = await ask("POST", "/api/v1/jobs", body, { "Idempotency-Key": key });
+        key = newKey();
         location.assign(`/jobs/${job.id}`);
       });
     });
@@ -67,16 +72,24 @@
   };
 
   // --- one job -------------------------------------------------------------------------------------------------
+  const POINTS = 440; // of a curve: two to a pixel
   const CURVES = ["total", "ce", "kl", "nmse", "density"];
   const followJob = (root) => {
     const rows = [], log = byId("log");
     const source = new EventSource(`/api/v1/jobs/${root.dataset.id}/events`);
-    source.addEventListener("job", (event) => showJob(JSON.parse(event.data)));
-    source.addEventListener("metrics", (event) => {
-      for (const row of JSON.parse(event.data)) if (!rows.length || row.step > rows.at(-1).step) rows.push(row);
+    const lost = "The server does not answer: what stands here may be old. Trying again.";
+    let isDrawing = false;
+    const redraw = () => {
+      isDrawing = false;
       byId("no-curves").hidden = true;
       byId("curves").replaceChildren();
       for (const name of CURVES) if (Number.isFinite(rows.at(-1)[name])) draw(name, rows);
+    };
+    source.addEventListener("job", (event) => showJob(JSON.parse(event.data)));
+    source.addEventListener("metrics", (event) => {
+      for (const row of JSON.parse(event.data)) if (!rows.length || row.step > rows.at(-1).step) rows.push(row);
+      if (!isDrawing) requestAnimationFrame(redraw); // many events come at once for a long run
+      isDrawing = true;
     });
     source.addEventListener("log", (event) => {
       const isAtEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
@@ -84,15 +97,17 @@
       if (isAtEnd) log.scrollTop = log.scrollHeight;
     });
     source.addEventListener("end", () => source.close());
-    source.onerror = () => say(source.readyState === EventSource.CLOSED ? "The job's events ended; load the page again." : "");
+    source.onopen = () => { if (byId("error").textContent === lost) say(""); };
+    source.onerror = () => say(source.readyState === EventSource.CLOSED ? "The job's events ended; load the page again." : lost);
     byId("cancel").addEventListener("click", (event) =>
       busy(event.target, async () => showJob(await ask("POST", `/api/v1/jobs/${root.dataset.id}/cancel`))));
   };
   const showJob = (job) => {
     byId("state").textContent = job.is_cancelling ? "stopping: it writes a checkpoint" : job.state;
     byId("reason").textContent = visible(job.reason);
+    byId("waits").textContent = job.waits;
     byId("attempt").textContent = job.attempt;
-    byId("cancel").hidden = !["queued", "running"].includes(job.state);
+    byId("cancel").hidden = job.engine !== "" || !["queued", "running"].includes(job.state);
     if (!job.progress) return;
     const { what, done, total, left, values } = job.progress;
     byId("bar").value = job.state === "done" ? 1 : done / total;
@@ -101,11 +116,13 @@
   };
   const draw = (name, rows) => {
     const [width, height, pad] = [220, 90, 4];
-    const values = rows.map((row) => row[name]).filter(Number.isFinite);
-    const low = Math.min(...values), high = Math.max(...values), last = rows.at(-1).step;
-    const x = (step) => pad + ((width - 2 * pad) * step) / last;
+    const own = rows.filter((row) => Number.isFinite(row[name])), values = own.map((row) => row[name]);
+    const low = values.reduce((one, other) => Math.min(one, other)), high = values.reduce((one, other) => Math.max(one, other));
+    const last = rows.at(-1).step, every = Math.ceil(own.length / POINTS);
+    const x = (step) => pad + ((width - 2 * pad) * step) / (last || 1);
     const y = (value) => height - pad - ((height - 2 * pad) * (value - low)) / (high - low || 1);
-    const points = rows.filter((row) => Number.isFinite(row[name])).map((row) => `${x(row.step).toFixed(1)} ${y(row[name]).toFixed(1)}`);
+    const shown = own.filter((_, i) => i % every === 0 || i === own.length - 1);
+    const points = shown.map((row) => `${x(row.step).toFixed(1)} ${y(row[name]).toFixed(1)}`);
     const figure = make("figure", byId("curves"));
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     for (const [key, value] of Object.entries({ width, height, role: "img", "aria-label": `${name} by step: now ${values.at(-1).toPrecision(3)}, from ${low.toPrecision(3)} to ${high.toPrecision(3)}` })) svg.setAttribute(key, value);
@@ -120,17 +137,34 @@
   const startDesk = (button) => {
     const form = byId("desk"), keep = byId("keep");
     let session = null;
-    const load = async () => {
+    let asked = 0, changes = 0; // questions, and changes of the controls: an answer may come late
+    const open = async () => {
       byId("desk-loading").textContent = "loading both models, some seconds";
       try {
         session = await ask("POST", `/api/v1/runs/${button.dataset.run}/sessions`);
       } finally { byId("desk-loading").textContent = ""; }
+    };
+    const load = async () => {
+      await open();
       form.task.replaceChildren();
       for (const task of session.tasks) make("option", form.task, `${task.task} (${task.verdict.undefined || task.verdict})`, { value: task.task });
       const edited = session.tasks.find((task) => task.edit);
       if (edited) form.task.value = edited.task;
       form.hidden = keep.hidden = false;
       chooseTask();
+    };
+    const askModels = async (what, body) => {
+      try {
+        return await ask("POST", `/api/v1/sessions/${session.id}/${what}`, body);
+      } catch (error) {
+        if (error.status !== 404) throw error;
+        await open(); // they were unloaded meanwhile; the controls stay
+        return ask("POST", `/api/v1/sessions/${session.id}/${what}`, body);
+      }
+    };
+    const markStale = () => {
+      changes += 1;
+      if (byId("desk-answer").hasChildNodes()) byId("desk-stale").textContent = "The controls have changed since this answer. Save and export keep the controls.";
     };
     const chooseTask = () => {
       const task = session.tasks.find((own) => own.task === form.task.value);
@@ -142,8 +176,15 @@
       for (const node of [...new Set([...chosen, ...task.nodes])]) {
         const label = make("label", nodes);
         make("input", label, null, { type: "checkbox", value: node }).checked = chosen.includes(node);
-        label.append(` ${node}`);
+        label.append(` ${visible(node)}`);
       }
+      byId("desk-more").textContent = task.nodes.length < task.of_nodes ? `${task.nodes.length} of ${task.of_nodes} nodes, those that matter most first; the command sparsebridge desk takes any.` : "";
+      const strength = task.edit ? task.edit.strength : 1; // the least at which the edit does most
+      form.strength.step = Number.isInteger(4 * strength) ? 0.25 : "any";
+      form.strength.max = Math.max(4, 2 * strength);
+      form.strength.value = strength;
+      byId("strength-value").textContent = strength;
+      markStale();
     };
     const setting = () => ({
       task: form.task.value,
@@ -158,15 +199,16 @@
     form.task.addEventListener("change", chooseTask);
     const answer = async () => {
       const body = { ...setting(), continuation: Number(form.continuation.value), off_target: form.off_target.checked };
+      const own = (asked += 1), before = changes;
       try {
-        showAnswer(await ask("POST", `/api/v1/sessions/${session.id}/intervene`, body));
+        const found = await askModels("intervene", body);
+        if (own !== asked) return; // a later question's answer is the one to show
+        showAnswer(found);
         byId("desk-answer").dataset.strength = body.strength;
-      } catch (error) {
-        if (!/no such thing/.test(error.message)) throw error;
-        await load(); // unloaded meanwhile
-        say("The models had been unloaded and are loaded again; ask once more.");
-      }
+        if (before === changes) byId("desk-stale").textContent = "";
+      } catch (error) { if (own === asked) throw error; }
     };
+    form.addEventListener("input", markStale);
     form.strength.addEventListener("input", () => { byId("strength-value").textContent = form.strength.value; });
     form.strength.addEventListener("change", () => busy(form.querySelector("button"), answer));
     form.addEventListener("submit", (event) => { event.preventDefault(); busy(event.submitter, answer); });
@@ -175,7 +217,8 @@
       busy(event.submitter, async () => {
         byId("kept").textContent = event.submitter.value === "adapters" ? "fitting the adapter, this takes a while" : "";
         try {
-          await ask("POST", `/api/v1/sessions/${session.id}/${event.submitter.value}`, { name: keep.elements.name.value, setting: setting() });
+          const isForced = event.submitter.value === "adapters" && keep.elements.force.checked;
+          await askModels(event.submitter.value, { name: keep.elements.name.value, setting: setting(), force: isForced });
           byId("kept").textContent = `kept: ${event.submitter.value}/${keep.elements.name.value} in the run folder`;
         } catch (error) { byId("kept").textContent = ""; throw error; }
       });
@@ -213,10 +256,12 @@
         make("pre", part).textContent = own.continuation.after;
       }
     }
-    if (found.off_target) {
-      const off = found.off_target;
-      make("p", root, off.undefined ? `Effect on other text: ${off.undefined}` : `Effect on other text: KL ${off.kl.toPrecision(3)} nats/token`);
-    }
+    if (found.off_target) make("p", root, offTarget(found.off_target), { id: "off-target" });
+  };
+  const offTarget = ({ undefined: why, kl, form, share_of_tokens: touched }) => {
+    if (why || kl.undefined) return `Effect on other text: not measured (${why || kl.undefined})`;
+    const interval = Number.isFinite(kl.low) ? ` (95 % interval ${kl.low.toPrecision(3)} to ${kl.high.toPrecision(3)})` : "";
+    return `Effect on other text, as ${form}: KL ${kl.value.toPrecision(3)} nats/token${interval}, at ${share(touched)} of the tokens`;
   };
 
   if (byId("submit")) startSubmit(byId("submit"));
