@@ -87,7 +87,7 @@ def audit_edit(
             side: fit_steering(vector, edit.site, acts, train, train_text, side, tried, config.gate)
             for side, vector in vectors.items()
         }
-        found |= _audit_steerings(chosen, held_out, text, others, config, seed)
+        found |= _audit_steerings(chosen, held_out, text, others, train_text, config, seed)
     few = torch.arange(min(config.prediction.pairs, len(held_out.batch) // 2), device=delta.device)
     few_streams = PromptStreams(
         held_out.dense, student, bridges, held_out.batch.select(few), source=edit.source
@@ -102,6 +102,7 @@ def _audit_steerings(
     held_out: PromptTails,
     text: HeldOutText,
     others: Mapping[str, PromptTails],
+    train_text: HeldOutText | None,
     config: EditAuditConfig,
     seed: int,
 ) -> dict[str, Any]:
@@ -124,6 +125,8 @@ def _audit_steerings(
     (row,) = (row for row in gated["strengths"] if row["strength"] == chosen[main].strength)
     form = {
         "direction": main,
+        "cut": chosen[main].cut,
+        "train_text_blocks": 0 if train_text is None else len(train_text.blocks),
         **{name: row[name] for name in ("strength", "flip_rate", "flip_rate_indirect")},
         **{name: row["text"][name] for name in ("kl", "kl_near", "share_of_tokens")},
         "train": gated["gate"]["train"],

@@ -33,11 +33,14 @@ from bridges.edit import Edit
 from bridges.edit_table import best_strength
 from bridges.live import LiveEdit
 from bridges.losses import log_probs
+from bridges.off_target import HeldOutText
 from bridges.run_models import RunModels
-from bridges.steering import Steering, steering_form
+from bridges.steering import Steering
+from bridges.steering_gate import steering_again
 from extractor.artifacts import read_json
 from extractor.circuit import Calibration, Circuit
 from extractor.compact import CompactStudent
+from extractor.data import DataConfig
 from extractor.errors import InputError
 from extractor.evidence import correlation
 from extractor.packed import join
@@ -74,11 +77,13 @@ class RunEdit:
 
     live: LiveEdit
     strength: float
+    """Of the patch, on prompts."""
     steering: Steering | None
+    steering_strength: float
     facts: dict[str, Any]
 
     @classmethod
-    def load(cls, models: RunModels, circuit: Circuit, train_pairs: int) -> "RunEdit":
+    def load(cls, models: RunModels, circuit: Circuit, train_pairs: int, data: DataConfig) -> "RunEdit":
         """The edit, also one that does not meet its limits; `facts` says so.
 
         Raises:
@@ -99,12 +104,13 @@ class RunEdit:
             "refusals": list(edit.refusals),
         }
         live = LiveEdit(edit, models.dense, models.student)
+        form = found.get("steering_form", {})
         try:
-            steering = _steering(models, circuit, edit, found, train_pairs)
+            steering = _steering(models, circuit, edit, form, train_pairs, data)
         except InputError as error:
-            return cls(live, strength, None, facts | {"steering": undefined(str(error))})
-        facts["steering"] = f"gated, as the {found['steering_direction']} prompts are moved on average"
-        return cls(live, strength, steering, facts)
+            return cls(live, strength, None, 0.0, facts | {"steering": undefined(str(error))})
+        name = f"gated, as the {form['direction']} prompts are moved on average, at {form['strength']:g}"
+        return cls(live, strength, steering, form["strength"], facts | {"steering": name})
 
     def on_prompts(self, batch: TaskBatch) -> Float[Tensor, "example vocab"]:
         """The patch: each prompt's nodes at the counterfactual prompt's values."""
@@ -117,19 +123,25 @@ class RunEdit:
         """The steering form, added where its gate is open."""
         dense, site = self.live.dense, self.steering.site
         run = dense.run(ids, [site], position_ids=position_ids)
-        delta = self.steering.delta(run.resid[site], self.strength)
+        delta = self.steering.delta(run.resid[site], self.steering_strength)
         if not delta.any():
             return run.logits
         return dense.run_from(site, run.resid[site] + delta, position_ids=position_ids)
 
 
 def _steering(
-    models: RunModels, circuit: Circuit, edit: Edit, found: Mapping[str, Any], train_pairs: int
+    models: RunModels,
+    circuit: Circuit,
+    edit: Edit,
+    form: Mapping[str, Any],
+    train_pairs: int,
+    data: DataConfig,
 ) -> Steering:
-    if len(edit.sites) != 1 or "steering_direction" not in found:
-        raise InputError("this edit has no steering form")
     streams = models.streams(models.prompts(circuit, "train", train_pairs), edit.source)
-    return steering_form(edit, streams, models.student, models.bridges, found["steering_direction"])
+    text = None
+    if blocks := form.get("train_text_blocks"):
+        text = HeldOutText(models.dense, *models.text(data, "train", blocks))
+    return steering_again(edit, streams, models.student, models.bridges, text, form)
 
 
 def at_last(logits: Float[Tensor, "example seq vocab"], last: Int[Tensor, " example"]) -> Tensor:

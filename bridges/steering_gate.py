@@ -10,7 +10,7 @@ Nothing held out is looked at.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,27 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from bridges.bridge import BridgeSet
+from bridges.edit import Edit
 from bridges.off_target import HeldOutText, steered
-from bridges.steering import HALF_WAY, Direction, Discriminant, Steering, discriminant, flip_rate, half
+from bridges.steering import (
+    HALF_WAY,
+    Direction,
+    Discriminant,
+    Steering,
+    acts_at,
+    discriminant,
+    flip_rate,
+    half,
+    mean_vector,
+)
+from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
 from extractor.config import Config
+from extractor.errors import InputError
 from extractor.sites import Site
 from extractor.statistics import undefined
+from extractor.student import Student
 
 ALIKE = 0.9  # of the most flips
 KEPT = 0.5  # of the most flips: a gate that is all but shut costs no KL, and is no edit
@@ -104,6 +119,30 @@ def fit_steering(
         if trials[-1].kl <= config.kl_budget and trials[-1].flip_rate_indirect >= config.goal:
             break
     return choose(trials, config)
+
+
+def steering_again(
+    edit: Edit,
+    train: PromptStreams,
+    student: Student,
+    bridges: BridgeSet,
+    text: HeldOutText | None,
+    form: Mapping[str, Any],
+) -> Steering:
+    """The steering that an edit was audited with, from the same training prompts and text.
+
+    Args:
+        form: `steering_form` of the edit's facts: its `direction` and `cut`.
+
+    Raises:
+        InputError: the edit has none.
+    """
+    if len(edit.sites) != 1 or "cut" not in form:
+        raise InputError("this edit has no steering form")
+    vector = mean_vector(edit, train, student, bridges, form["direction"])
+    seen = None if text is None else text.halves[0].resid(edit.site)
+    told = discriminant(train, edit.site, acts_at(edit, train), form["direction"], seen)
+    return Steering(edit.site, vector, told.gate(form["cut"]))
 
 
 def choose(trials: Sequence[Trial], config: GateConfig) -> Trial:

@@ -93,7 +93,7 @@ class Bench:
 
     def _edit(self, circuit: Circuit) -> RunEdit | str:
         try:
-            return RunEdit.load(self.models, circuit, self.config.train_pairs)
+            return RunEdit.load(self.models, circuit, self.config.train_pairs, self.data)
         except InputError as error:
             return str(error)
 

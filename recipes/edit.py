@@ -89,7 +89,7 @@ class EditRecipeConfig(Config):
     data: DataConfig = DataConfig()
     """The run's own text: off-target effects are measured on its held-out part."""
     text_blocks: int = Field(32, ge=2)
-    """Held-out blocks for off-target effects; as many training blocks teach a steering's gate to shut."""
+    """Held-out blocks for off-target effects."""
     audit: EditAuditConfig = EditAuditConfig()
     alternatives: AlternativesConfig = AlternativesConfig()
     search_pairs: int = Field(16, ge=2)
@@ -117,8 +117,8 @@ class Bench:
             "bridges"
         ]
         self.text, self.train_text = (
-            HeldOutText(self.models.dense, *self.models.text(config.data, split, config.text_blocks))
-            for split in ("held_out", "train")
+            HeldOutText(self.models.dense, *self.models.text(config.data, split, count))
+            for split, count in (("held_out", config.text_blocks), ("train", config.audit.gate.text_blocks))
         )
         self.others = {
             task: PromptTails(self.models.dense, self.models.prompts(circuit, "held_out", config.other_pairs))

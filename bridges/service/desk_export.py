@@ -15,9 +15,10 @@ from bridges.edit_adapter import export_adapter
 from bridges.live import LiveEdit
 from bridges.losses import log_probs
 from bridges.low_rank import Prompts
-from bridges.off_target import HeldOutText, steered
+from bridges.off_target import HeldOutText
 from bridges.run_models import RunModels
-from bridges.steering import DIRECTIONS, Direction, half, steering_form
+from bridges.steering import DIRECTIONS, acts_at, mean_vector
+from bridges.steering_gate import GateConfig, fit_steering
 from bridges.streams import PromptStreams
 from extractor.artifacts import read_json
 from extractor.circuit import Circuit
@@ -43,6 +44,11 @@ class EditBench:
     def text(self) -> HeldOutText:
         """Raises InputError where the run's text is not there any more."""
         return HeldOutText(self.models.dense, *self.models.text(self.data, "held_out", TEXT_BLOCKS))
+
+    @cached_property
+    def train_text(self) -> HeldOutText:
+        """What a steering's gate learns to stay shut on."""
+        return HeldOutText(self.models.dense, *self.models.text(self.data, "train", TEXT_BLOCKS))
 
     def off_target(self, circuit: Circuit, live: LiveEdit) -> dict[str, Any]:
         """KL(unedited || edited) on held-out text: `kl` in nats/token with its interval over blocks,
@@ -84,15 +90,22 @@ class EditBench:
                 "a patch needs a counterfactual, which text has not; reads at one site have a form without"
             )
         train, parts = self._train(circuit), (self.models.student, self.models.bridges)
-        forms = {side: steering_form(edit, train, *parts, side) for side in DIRECTIONS}
-        strength = edit.crossings[0].change.strength
-
-        def moved(side: Direction) -> float:
-            indirect = steered(train, forms[side], strength)[1]
-            return (indirect - train.unedited)[half(train.batch, side)].mean().item()
-
-        main = min(DIRECTIONS, key=moved)
-        effect = self.text.effect(forms[main], strength)
+        strength, acts = edit.crossings[0].change.strength, acts_at(edit, train)
+        trials = {
+            side: fit_steering(
+                mean_vector(edit, train, *parts, side),
+                edit.site,
+                acts,
+                train,
+                self.train_text,
+                side,
+                [strength],
+                GateConfig(),
+            )
+            for side in DIRECTIONS
+        }
+        main = min(DIRECTIONS, key=lambda side: trials[side].moved)
+        effect = self.text.effect(trials[main].steering, strength)
         return {
             "form": f"gated steering of the {main} prompts",
             "kl": _interval(effect.kl_by_block),

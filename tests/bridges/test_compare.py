@@ -322,7 +322,8 @@ def save_edit(run: Path, dense: str) -> None:
     config = EditConfig(strengths=(0.0, 1.0, 50.0), control_draws=1)
     found = measure_edit(streams, edit, models.bridges, config, seed=0)
     edit = replace(edit, refusals=("off-target KL too large",))
-    edit.save(run / "edits" / "with_as", {"task": "with_as", **found, "steering_direction": "clean"})
+    form = {"direction": "clean", "strength": 2.0, "cut": 0.5, "train_text_blocks": 4}
+    edit.save(run / "edits" / "with_as", {"task": "with_as", **found, "steering_form": form})
 
 
 def test_a_run_is_compared_on_text_and_on_tasks(run: Path, tiny_checkpoint: Path, monkeypatch) -> None:

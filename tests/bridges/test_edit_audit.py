@@ -20,7 +20,7 @@ from bridges.prediction import (
     prediction,
 )
 from bridges.steering import acts_at, flip_rate, mean_vector, steering_form
-from bridges.steering_gate import fit_steering
+from bridges.steering_gate import fit_steering, steering_again
 from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
 from bridges.warm_start import StudentShape, make_student
@@ -225,6 +225,9 @@ def test_the_whole_audit_is_json(dense, tokens) -> None:
     )
     assert main["gate"] == trial.as_json()
     assert found["off_target_kl"] == form["kl"] == text.effect(trial.steering, trial.strength).kl
+    assert form["train_text_blocks"] == len(tokens)
+    again = steering_again(edit, streams, student, bridges, train_text, form)  # as recipes/compare.py does
+    assert text.effect(again, form["strength"]).kl == form["kl"]
     total, indirect = steered(streams, trial.steering, trial.strength)
     assert form["flip_rate"] == flip_rate(streams, total, form["direction"])
     assert form["flip_rate_indirect"] == flip_rate(streams, indirect, form["direction"])
