@@ -33,11 +33,11 @@ from extractor.config import Config
 from extractor.gates import learn_gates
 from extractor.machine import autocast
 from extractor.masks import Bank, GateTap, Means, NodeMasks, tied_queries
-from extractor.packed import Chunks, pack
+from extractor.packed import pack
 from extractor.refine import RefineConfig, drop_spare_nodes, find_edges, in_use, needed_without_edges
 from extractor.restored import RestoredConfig, RestoredEdges, RestoredSets, restore_at_random
 from extractor.sites import Node
-from extractor.smallest import Sizes, calibrate_all, calibrated_losses, smallest_circuit
+from extractor.smallest import Sizes, calibrate_all, smallest_circuit, student_loss
 from extractor.student import Student
 from extractor.tasks import TaskBatch
 
@@ -207,13 +207,6 @@ def search_masks(
         reached = smallest_circuit(student, masks, tau, setting.selection, goal, config.target_loss, bank)
         found.append(Found(tau, *reached))
     return Search(masks, settings, found)
-
-
-@torch.no_grad()
-def student_loss(student: Student, prompts: TaskBatch) -> float:
-    """Calibrated two-way loss of the whole student."""
-    (difference,) = Chunks(prompts, student.config).differences(student)
-    return calibrated_losses(difference[None])[0][0]
 
 
 def finish_circuit(

@@ -124,6 +124,13 @@ def calibrated_losses(differences: Float[Tensor, "set example"]) -> list[tuple[f
     return [(two_way_loss(calibration(own)).item(), calibration) for own, calibration in found]
 
 
+@torch.no_grad()
+def student_loss(student: Student, prompts: TaskBatch) -> float:
+    """Calibrated two-way loss of the whole student."""
+    (difference,) = Chunks(prompts, student.config).differences(student)
+    return calibrated_losses(difference[None])[0][0]
+
+
 def calibrate(difference: Float[Tensor, " example"]) -> Calibration:
     """Scale and shift of one batch's logit difference."""
     return calibrate_all(difference[None])[0]
