@@ -69,7 +69,7 @@ def test_an_edit_ships_as_adapter_and_is_compared(run: Path, tiny_checkpoint, mo
     edit = json.loads((folder / "edit.json").read_text())
     assert edit["adapter"]["base_when_disabled"] is True
     assert 0 <= edit["adapter"]["flip_rate"] <= 1
-    assert edit["adapter"]["off_target_kl"] >= 0
+    assert edit["adapter"]["off_target_kl"] >= -1e-7  # in fp32 the KL of two equal models is rounding
     assert (folder / "adapter" / "adapter_config.json").is_file()
     assert (folder / "merged" / "model.safetensors").is_file()
     assert set(edit["alternatives"]["methods"]) >= {"edit", "difference of means", "LoRA"}
