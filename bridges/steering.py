@@ -100,30 +100,6 @@ def half(batch: TaskBatch, direction: Direction) -> Bool[Tensor, " example"]:
     return is_clean if direction == "clean" else ~is_clean
 
 
-@torch.no_grad()
-def steering_form(
-    edit: Edit,
-    streams: PromptStreams,
-    student: Student,
-    bridges: BridgeSet,
-    direction: Direction,
-    text: Float[Tensor, "*batch d_dense"] | None = None,
-) -> Steering:
-    """A patch of reads at one site as one gated vector; `ungated()` is the form that is added everywhere.
-
-    Args:
-        streams: of the training prompts.
-        text: the dense stream at the site on training text. None: the gate tells only the sides of the pairs
-            apart, and opens on ordinary text more often.
-
-    Raises:
-        InputError: the nodes are the same on both prompts of every pair.
-    """
-    vector = mean_vector(edit, streams, student, bridges, direction)
-    told = discriminant(streams, edit.site, acts_at(edit, streams), direction, text)
-    return Steering(edit.site, vector, told.gate())
-
-
 def mean_vector(
     edit: Edit, streams: PromptStreams, student: Student, bridges: BridgeSet, direction: Direction
 ) -> Float[Tensor, " d_dense"]:

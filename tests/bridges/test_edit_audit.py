@@ -19,7 +19,7 @@ from bridges.prediction import (
     node_pool,
     prediction,
 )
-from bridges.steering import acts_at, flip_rate, mean_vector, steering_form
+from bridges.steering import acts_at, flip_rate, mean_vector
 from bridges.steering_gate import fit_steering, steering_again
 from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
@@ -29,6 +29,7 @@ from extractor.intervention import patch
 from extractor.rotation import RotationConfig
 from extractor.sites import Node, Site
 from extractor.tasks import TaskBatch
+from tests.bridges.test_steering import half_way
 from tests.families import tiny_model
 
 CONFIG = PredictionConfig(nodes=9, sets=4, strengths=(0.5, 2.0), pairs=5)
@@ -187,7 +188,7 @@ def test_a_steering_is_measured_on_the_half_that_it_edits(dense, tokens) -> None
     edit = Edit.from_nodes([Node("1.attn.act_in", c) for c in range(8)], site, bridges)
     text = HeldOutText(dense, tokens)
     for direction, half in (("clean", slice(0, 6)), ("corrupted", slice(6, 12))):
-        steering = steering_form(edit, streams, student, bridges, direction)
+        steering = half_way(edit, streams, student, bridges, direction)
         found = audit_steering(steering, streams, direction, text, {"other": streams}, (0.0, 3.0))
         total, indirect = steered(streams, steering, 3.0)
         right = streams.unedited[half] > 0

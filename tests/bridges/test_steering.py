@@ -11,11 +11,11 @@ from bridges.off_target import HeldOutText
 from bridges.steering import (
     Gate,
     Steering,
+    acts_at,
     class_means,
     discriminant,
     half,
     mean_vector,
-    steering_form,
     told_apart,
 )
 from bridges.streams import PromptStreams
@@ -41,6 +41,13 @@ def streams_of(dense: DenseModel, tokens: torch.Tensor, batch: TaskBatch):
     return student, bridges, PromptStreams(dense, student, bridges, batch)
 
 
+def half_way(edit: Edit, streams: PromptStreams, student, bridges, direction: str) -> Steering:
+    """The steering form of an edit, its gate cut half way."""
+    vector = mean_vector(edit, streams, student, bridges, direction)
+    told = discriminant(streams, edit.site, acts_at(edit, streams), direction)
+    return Steering(edit.site, vector, told.gate())
+
+
 @pytest.fixture(params=["GPT-2", "Llama"])
 def family(request: pytest.FixtureRequest) -> DenseModel:
     return DenseModel(tiny_model(request.param))
@@ -60,7 +67,7 @@ def test_the_vector_is_the_mean_delta_of_the_patch_at_the_mean_rms(family, token
         expected = by_rms[half(batch, direction)].mean(0) * mean_rms
         torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-4)
         assert vector.norm() > 0.1
-        assert torch.equal(steering_form(edit, streams, student, bridges, direction).vector, vector)
+        assert torch.equal(half_way(edit, streams, student, bridges, direction).vector, vector)
     opposite = mean_vector(edit, streams, student, bridges, "clean")
     torch.testing.assert_close(vector, -opposite, atol=1e-5, rtol=1e-4)
 
@@ -72,7 +79,7 @@ def test_the_gate_of_an_edit_is_open_on_the_prompts_that_it_edits(family, tokens
     site = Site(0, "resid_pre")
     edit = Edit.from_nodes([Node("0.attn.act_in", c) for c in range(8)], site, bridges)
     for direction in ("clean", "corrupted"):
-        steering = steering_form(edit, streams, student, bridges, direction)
+        steering = half_way(edit, streams, student, bridges, direction)
         delta = steering.delta(streams.resid[site], 2.0)
         edited = half(batch, direction)
         torch.testing.assert_close(delta[edited, 1], (2 * steering.vector).expand(6, -1))
@@ -146,4 +153,4 @@ def test_nodes_that_no_pair_moves_have_no_steering_form(dense, tokens) -> None:
     student, bridges, streams = streams_of(dense, tokens, same)
     edit = Edit.from_nodes([Node("0.attn.act_in", 3)], Site(0, "resid_pre"), bridges)
     with pytest.raises(InputError, match="are the same on both prompts"):
-        steering_form(edit, streams, student, bridges, "clean")
+        half_way(edit, streams, student, bridges, "clean")
