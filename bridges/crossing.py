@@ -114,8 +114,7 @@ def reader_for(
     read += [node for c in crossings if c.change.kind != "steer" for node in c.change.nodes]
     sites, neurons = set(), {}
     for node in read:
-        stream = "resid_pre" if node.kind.startswith("attn") else "resid_mid"
-        site = Site(node.layer, stream)
+        site = node.site_before()
         if node.kind == "mlp.post_act" and student.config.activation_frac is None:
             neurons.setdefault(node.layer, set()).add(node.channel)
         elif not node.kind.endswith("act_in"):
@@ -166,7 +165,7 @@ def _cross(change: Change, student: Student, bridges: BridgeSet, source: Source,
 
 def _cross_read(change: Change, student: Student, bridges: BridgeSet, rms: Rms) -> Crossing:
     node = change.nodes[0]
-    site = Site(node.layer, "resid_pre" if node.kind.startswith("attn") else "resid_mid")
+    site = node.site_before()
     if site not in bridges.sites:
         raise InputError(
             f"edit: {node} reads the stream that attention reads, too (parallel residual); "

@@ -5,13 +5,13 @@
         model.generate(**prompts)                    # cached or not, padded left or right
 
 Per forward: the positions are counted; with source student, the student reads the same tokens with a cache
-of its own; at each site the nodes' change is worked out and its delta added to the stream. The student runs
-along unedited, so its activations are those of the presented text. Beam search reorders the dense model's
-cache only, which the student cannot follow: use source bridge there.
+of its own, as far as the edit needs it; at each site the nodes' change is worked out and its delta added to
+the stream. The student runs along unedited, so its activations are those of the presented text. Beam search
+reorders the dense model's cache only, which the student cannot follow: use source bridge there.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -72,7 +72,8 @@ class LiveEdit:
                 logits does not count.
             presented: the student's activations on exactly these prompts, at every address that a crossing
                 or a condition reads (`read`), so that it does not run again. For one forward of whole
-                prompts. What crosses by its `difference` runs the student all the same.
+                prompts. What crosses by its `difference` still runs the changed student, from the site before
+                the nodes to the one after.
         """
         edit = self.edit.scaled(strength)
         forward = _Forward(self, edit, PromptPositions(last), counterfactual, presented)
@@ -103,15 +104,52 @@ class LiveEdit:
     @torch.no_grad()
     def read(self, input_ids: Int[Tensor, "batch seq"], **inputs: Tensor) -> dict[str, Tensor]:
         """The sparse activations at the edit's addresses on a batch, unedited, as its source tells them."""
-        addresses = {crossing.address for crossing in self.edit.crossings}
+        addresses = addresses_of(self.edit)
         if self.edit.source == "student":
-            recorder = Recorder(*addresses)
-            self.student(input_ids, tap=recorder, **inputs)
-            return recorder.activations
+            around = {str(site) for c in self.edit.crossings if c.via == "difference"
+                      for site in (self.site_before(c), c.site)}  # fmt: skip
+            return run_until(self.student, addresses | around, input_ids, **inputs)
         found: dict[str, Tensor] = {}
         for site, resid in self.dense.run(input_ids, record=self.edit.reader.sites, **inputs).resid.items():
             found |= self.edit.reader.read(site, resid)
         return {address: value for address, value in found.items() if address in addresses}
+
+    def site_before(self, crossing: Crossing) -> Site:
+        """Where a run of the student that shows this change can begin: at the embeddings, where its
+        condition may read a node before it."""
+        if crossing.change.condition is not None:
+            return Site(0, "resid_pre")
+        return crossing.change.nodes[0].site_before(parallel=self.student.config.parallel_residual)
+
+
+class _Enough(Exception):
+    """Everything that was asked for is known."""
+
+
+def run_until(
+    student: Student, addresses: Collection[str], input_ids: Tensor, *, tap: Tap = no_tap, **inputs: Any
+) -> dict[str, Tensor]:
+    """The student's activations at these addresses and sites; what comes after the last is not computed."""
+    recorder = Recorder(*addresses)
+
+    def record(address: str, activation: Tensor) -> Tensor:
+        activation = recorder(address, activation)
+        if recorder.activations.keys() == recorder.wanted:
+            raise _Enough
+        return activation
+
+    if addresses:
+        with suppress(_Enough):
+            student(input_ids, tap=compose(tap, record), **inputs)
+    return recorder.activations
+
+
+def addresses_of(edit: Edit) -> set[str]:
+    """Where an edit reads the student: at its nodes, and at those of its conditions."""
+    conditions = {
+        change.condition.node.address for change in edit.intervention.changes if change.condition is not None
+    }
+    return {crossing.address for crossing in edit.crossings} | conditions
 
 
 class _Forward:
@@ -129,7 +167,7 @@ class _Forward:
         self.tap = InterventionTap(edit.intervention, positions, counterfactual)
         self.counterfactual = counterfactual
         self.recorded = recorded
-        self.addresses = {crossing.address for crossing in edit.crossings} | self.tap.conditions
+        self.addresses = addresses_of(edit)
         self.presented: dict[str, Tensor] = {}
         self.differences: dict[int, Tensor] = {}  # of the student's stream, by number of the crossing
         self.caches: dict[int | None, DynamicCache] = {}  # of the student unchanged, and of each difference
@@ -142,15 +180,24 @@ class _Forward:
         self.tap.before.clear()
         if self.edit.source != "student":
             return
-        if self.recorded is None or any(crossing.via == "difference" for crossing in self.edit.crossings):
-            self._run_student(args, kwargs)
+        ids = args[0] if args else kwargs.get("input_ids")
+        inputs = {name: kwargs.get(name) for name in ("attention_mask", "position_ids")}
+        if self.recorded is not None:
+            self._take_recorded(self.recorded, kwargs["inputs_embeds"] if ids is None else ids, inputs)
+        elif ids is None:
+            raise InputError("an edit with source student needs input_ids; use source bridge for embeddings")
         else:
-            tokens = args[0] if args else kwargs.get("input_ids")
-            self._take_recorded(self.recorded, kwargs["inputs_embeds"] if tokens is None else tokens)
+            self._run_student(ids, inputs)
 
-    def _take_recorded(self, recorded: Mapping[str, Tensor], tokens: Tensor) -> None:
+    @torch.no_grad()
+    def _take_recorded(
+        self, recorded: Mapping[str, Tensor], tokens: Tensor, inputs: Mapping[str, Any]
+    ) -> None:
         """What the student would give for these tokens, from a run of it elsewhere."""
-        if missing := self.addresses - recorded.keys():
+        starts = {number: self.live.site_before(crossing) for number, crossing, _ in self._differences()}
+        needed = self.addresses | {str(site) for site in starts.values()}
+        needed |= {str(crossing.site) for _, crossing, _ in self._differences()}
+        if missing := needed - recorded.keys():
             raise UsageError(f"presented: no activations at {min(missing)}")
         self.presented |= {address: recorded[address] for address in self.addresses}
         shapes = {tuple(value.shape[:2]) for value in self.presented.values()}
@@ -159,22 +206,30 @@ class _Forward:
                 "presented: the activations are not of the whole prompts of this forward; leave them out "
                 "where tokens are generated"
             )
+        for number, crossing, one in self._differences():
+            start, site = starts[number], str(crossing.site)
+            begin = {"start": start, "resid": recorded[str(start)]}
+            changed = run_until(self.live.student, {site}, tokens, tap=one, **begin, **inputs)
+            self.differences[number] = changed[site] - recorded[site]
 
     @torch.no_grad()
-    def _run_student(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("input_ids")
-        if ids is None:
-            raise InputError("an edit with source student needs input_ids; use source bridge for embeddings")
-        inputs = {name: kwargs.get(name) for name in ("attention_mask", "position_ids")}
+    def _run_student(self, ids: Tensor, inputs: Mapping[str, Any]) -> None:
         plain = self._student(None, ids, inputs, no_tap)
         self.presented |= plain
+        for number, crossing, one in self._differences():
+            site = str(crossing.site)
+            self.differences[number] = self._student(number, ids, inputs, one)[site] - plain[site]
+
+    def _differences(self) -> Iterator[tuple[int, Crossing, Tap]]:
+        """What crosses by a difference of student runs, with the tap of its change alone."""
         for number, crossing in enumerate(self.edit.crossings):
             if crossing.via == "difference":
-                one = InterventionTap(Intervention((crossing.change,)), self.positions, self.counterfactual)
-                site = str(crossing.site)
-                self.differences[number] = self._student(number, ids, inputs, one)[site] - plain[site]
+                change = Intervention((crossing.change,))
+                yield number, crossing, InterventionTap(change, self.positions, self.counterfactual)
 
-    def _student(self, run: int | None, ids: Tensor, inputs: dict[str, Any], tap: Tap) -> dict[str, Tensor]:
+    def _student(
+        self, run: int | None, ids: Tensor, inputs: Mapping[str, Any], tap: Tap
+    ) -> dict[str, Tensor]:
         """Activations of one run of the student, which keeps its own cache from forward to forward."""
         if self.positions.start == 0:
             self.caches[run] = DynamicCache(config=self.live.student.config)
@@ -184,10 +239,11 @@ class _Forward:
                 "the student has not read the tokens in the dense model's cache; enter applied() before the "
                 "prompt, and use source bridge where a cache is cropped or reordered"
             )
-        recorder = Recorder(*self.addresses, *map(str, self.edit.sites))
+        sites = {str(crossing.site) for _, crossing, _ in self._differences()}
+        # The first attention is always run: its cache counts the tokens read.
+        wanted = {*self.addresses, *sites, "0.attn.resid_delta"}
         options = {CACHE_NAME: cache, "use_cache": True, "logits_to_keep": 1}
-        self.live.student(ids, tap=compose(tap, recorder), **options, **inputs)
-        return recorder.activations
+        return run_until(self.live.student, wanted, ids, tap=tap, **options, **inputs)
 
     def at_site(self, site: Site, resid: Tensor) -> Tensor:
         """The delta at a site, as it has to be added to this stream."""

@@ -88,6 +88,11 @@ class Node:
     def kind(self) -> str:
         return self.address.partition(".")[2]
 
+    def site_before(self, *, parallel: bool = False) -> "Site":
+        """The last site that nothing of its sublayer has changed; parallel sublayers share one."""
+        is_mid = self.kind.startswith("mlp") and not parallel
+        return Site(self.layer, "resid_mid" if is_mid else "resid_pre")
+
     @property
     def sort_key(self) -> tuple[int, int, int]:
         return (self.layer, NODE_KINDS.index(self.kind), self.channel)

@@ -17,7 +17,7 @@ from bridges.live import LiveEdit
 from bridges.run_models import RunModels
 from extractor.errors import InputError, UsageError
 from extractor.intervention import Intervention
-from extractor.sites import Node, Recorder, Site
+from extractor.sites import Node, Recorder
 from extractor.statistics import undefined
 from extractor.task_tokens import tokens_of
 from extractor.tasks import TaskBatch
@@ -75,9 +75,8 @@ class DeskPrompts:
 
     def student_after(self, case: Case, change: Intervention) -> Float[Tensor, " vocab"]:
         """Log-probabilities under a change. What comes before its first node is as it was, and not run."""
-        first, student = change.nodes[0], self.models.student
-        is_mid = first.kind.startswith("mlp") and not student.config.parallel_residual
-        start = Site(first.layer, "resid_mid" if is_mid else "resid_pre")
+        student = self.models.student
+        start = change.nodes[0].site_before(parallel=student.config.parallel_residual)
         tap = change.tap(counterfactual=case.counterfactual)
         run = student(case.ids, tap=tap, start=start, resid=case.presented[str(start)], logits_to_keep=1)
         return next_token(run.logits)

@@ -66,8 +66,8 @@ def test_given_activations_are_those_of_the_student_run_alongside(row) -> None:
         nonlocal runs
         runs += 1
 
-    student.register_forward_hook(count)
-    for intervention, expected_runs in ((plain, 0), (plain + ablate([inner]), 2)):
+    student.register_forward_pre_hook(count)
+    for intervention, expected_runs in ((plain, 0), (plain + ablate([inner]), 1)):
         live = LiveEdit(Edit.from_intervention(intervention, student, bridges), dense, student)
         recorder = Recorder()
         with torch.no_grad():
@@ -385,7 +385,7 @@ def test_an_edit_within_its_limits_is_exported_without_force(desk, run) -> None:
     facts = desk.export(request_of(desk, strength=0.05), "small")
     assert facts["kind"] == "fitted"
     assert facts["forced"] == []
-    assert 0 <= facts["off_target"]["kl"]["value"] <= EditLimits().off_target_kl
+    assert -1e-6 <= facts["off_target"]["kl"]["value"] <= EditLimits().off_target_kl  # but for rounding
     assert facts["fitting_error"][str(Site(0, "resid_mid"))] < 1
     with pytest.raises(InputError, match="off-target KL undefined"):
         desk.export(request_of(desk, strength=0.05, positions="last"), "only-last")
