@@ -5,10 +5,11 @@ turned ("rotated", `extractor.rotation`); neither is trained. All models get the
 (seeds and coefficients) and the same measure: the fewest edges at a held-out loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -38,28 +39,49 @@ def dense_views(dense: DenseModel, rotation: RotationConfig) -> dict[str, Studen
 
 
 def compare_circuits(
-    models: Mapping[str, Student], prompts: Mapping[str, Prompts], text: Tensor, config: PruneConfig
+    models: Mapping[str, Student],
+    prompts: Mapping[str, Prompts],
+    text: Tensor,
+    config: PruneConfig,
+    process: int = 0,
+    num_processes: int = 1,
 ) -> dict[str, object]:
     """Size against loss for every model and task, and geometric means of edges over the tasks.
 
     Args:
         prompts: by task, then split (train, selection, held_out).
         text: blocks over which nodes' means are taken.
+        process, num_processes: models and tasks are shared out; every process returns all of it.
     """
-    found: dict[str, dict[str, object]] = {}
+    works = [(name, task) for name in models for task in prompts][process::num_processes]
+    own: list[tuple[str, str, list[dict[str, object]]]] = []
+    bar = tqdm(total=len(works), desc="compare", disable=process != 0)
     for name, model in models.items():
-        model.requires_grad_(False).to(text.device)
-        means = mean_activations(model, text)
-        if config.ablation == "zero":
-            means = {address: torch.zeros_like(mean) for address, mean in means.items()}
-        bank = Bank(model, text) if config.ablation == "resample" else None
-        curves = {}
-        for task, own in tqdm(prompts.items(), desc=name):
-            settings = task_settings(model, own["train"], own["selection"], config)
-            search = search_masks(model, settings, means, config, bank)
-            curves[task] = size_curve(model, search, own["held_out"], bank)["targets"]
-        found[name] = {"edges_total": count_edges(model), "tasks": curves}
+        tasks = {task: prompts[task] for its, task in works if its == name}
+        for task, curve in zip(tasks, _size_curves(model, tasks, text, config), strict=True):
+            own.append((name, task, curve))
+            bar.update()
+    curves = {(name, task): curve for name, task, curve in gather_object(own)}
+    found = {
+        name: {"edges_total": count_edges(model), "tasks": {task: curves[name, task] for task in prompts}}
+        for name, model in models.items()
+    }
     return {"models": found, "means": geometric_means(found)}
+
+
+def _size_curves(
+    model: Student, tasks: Mapping[str, Prompts], text: Tensor, config: PruneConfig
+) -> Iterator[list[dict[str, object]]]:
+    """One model's size against loss, task by task."""
+    model.requires_grad_(False).to(text.device)
+    means = mean_activations(model, text)
+    if config.ablation == "zero":
+        means = {address: torch.zeros_like(mean) for address, mean in means.items()}
+    bank = Bank(model, text) if config.ablation == "resample" else None
+    for own in tasks.values():
+        settings = task_settings(model, own["train"], own["selection"], config)
+        search = search_masks(model, settings, means, config, bank)
+        yield size_curve(model, search, own["held_out"], bank)["targets"]
 
 
 def geometric_means(found: Mapping[str, Mapping[str, object]]) -> list[dict[str, object]]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from pydantic import Field
 from tqdm.auto import tqdm
 
@@ -150,8 +151,8 @@ def main(config: ExtractConfig) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         write_summary(config, list(prompts), subject, text_digest)
-        if config.compare_dense:
-            compare_with_dense(config, subject, prompts)
+    if config.compare_dense:
+        compare_with_dense(config, subject, prompts, state)
 
 
 def load_subject(config: ExtractConfig, device: torch.device) -> tuple[Subject, str]:
@@ -336,13 +337,19 @@ def write_summary(config: ExtractConfig, tasks: list[str], subject: Subject, tex
     )
 
 
-def compare_with_dense(config: ExtractConfig, subject: Subject, prompts: Mapping[str, TaskPrompts]) -> None:
+def compare_with_dense(
+    config: ExtractConfig, subject: Subject, prompts: Mapping[str, TaskPrompts], state: PartialState
+) -> None:
     """The same search on the dense model, in its own basis and turned, and on the student."""
     dense = DenseModel.from_pretrained(config.dense, device=subject.student.device, plain=True)
     check_same_tokenizer(subject.tokenizer, str(config.run / "student"), dense.tokenizer, dense.name)
-    models = dense_views(dense, config.rotation) | {"student": subject.student}
+    with state.main_process_first():  # the others find its rotation in the cache
+        models = dense_views(dense, config.rotation) | {"student": subject.student}
     batches = {task: own.batches for task, own in prompts.items()}
-    comparison = compare_circuits(models, batches, subject.text, config.prune)
+    share = (state.process_index, state.num_processes)
+    comparison = compare_circuits(models, batches, subject.text, config.prune, *share)
+    if not state.is_main_process:
+        return
     value = {"schema_version": SCHEMA_VERSION, "dense_sha256": dense.sha256, **comparison}
     write_json(config.run / "circuits-dense.json", value | {"student_sha256": subject.sha256})
     table = comparison_table(comparison)

@@ -8,7 +8,7 @@ import pytest
 
 from extractor.circuit import Circuit
 from extractor.compact import CompactStudent
-from tests.recipes.test_recipes import EXTRACT, TRAIN, run_in_process
+from tests.recipes.test_recipes import EXTRACT, TRAIN, run_in_process, start
 
 ALL = [
     *EXTRACT, "--curve", "true", "--describe", "true", "--describe_blocks", "4", "--export", "true",
@@ -84,11 +84,33 @@ def test_thresholds_cannot_be_moved_after_a_run(run: Path, monkeypatch, capsys) 
     assert not (run / "circuits").exists()
 
 
+COMPARE = ["--compare_dense", "true", "--rotation.stream_steps", "20", "--rotation.head_steps", "10"]
+
+
+def test_two_processes_find_what_one_finds(
+    run: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Tasks, and the dense model's searches, are shared out: the same circuits, sizes and tables."""
+    other = shutil.copytree(run, tmp_path / "two")
+    arguments = [*EXTRACT, *COMPARE, "--curve", "true", "--dense.path", str(tiny_checkpoint)]
+    process = start(
+        "accelerate", "launch", "--config_file", "recipes/accelerate/cpu2.yaml", "recipes/extract.py",
+        *arguments, "--run", other,
+    )  # fmt: skip
+    run_in_process(monkeypatch, "extract", *arguments, "--run", run)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-2000:]
+    for task in ("with_as", "bracket_paren"):
+        one, two = (Circuit.load(folder / "circuits" / f"{task}.json") for folder in (run, other))
+        assert one == two, task  # nodes, edges, and every figure of the evidence
+    for name in ("circuits.md", "circuits-dense.md", "circuits-dense.json"):
+        assert (run / name).read_text() == (other / name).read_text()
+
+
 def test_the_dense_model_is_compared_by_the_same_search(
     run: Path, tiny_checkpoint: Path, monkeypatch
 ) -> None:
-    options = ["--compare_dense", "true", "--dense.path", tiny_checkpoint, "--rotation.stream_steps", "20"]
-    run_in_process(monkeypatch, "extract", *EXTRACT, *options, "--rotation.head_steps", "10", "--run", run)
+    run_in_process(monkeypatch, "extract", *EXTRACT, *COMPARE, "--dense.path", tiny_checkpoint, "--run", run)
     comparison = json.loads((run / "circuits-dense.json").read_text())
     assert list(comparison["models"]) == ["dense, own basis", "dense, rotated", "student"]
     for model in comparison["models"].values():
