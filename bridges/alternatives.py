@@ -16,11 +16,11 @@ everywhere or behind a gate. Every vector gets its gate in the same way, on trai
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -50,8 +50,12 @@ from extractor.sites import Node
 from extractor.statistics import mean_interval, undefined
 from extractor.student import Student
 
-EDIT, MEANS = "edit", "difference of means"
+EDIT, MEANS, LORA = "edit", "difference of means", "LoRA"
 FORMS = ("everywhere", "gated")
+Method = Literal[
+    "difference of means", "linear probe", "dense channel", "unembedding", "random nodes",
+    "random directions", "LoRA",
+]  # fmt: skip
 
 Curves = Mapping[tuple[str, str, Direction], Sequence[Curve]]
 """By method, form and direction; several where draws are averaged."""
@@ -62,6 +66,8 @@ class AlternativesConfig(Config):
 
     enabled: bool = False
     """Takes longer than all else that is measured of an edit."""
+    methods: tuple[Method, ...] = Field(get_args(Method), min_length=1)
+    """What an edit is compared with; each takes about as long as the edit itself."""
     limits: tuple[float, ...] = (0.001, 0.005, 0.02, 0.1)
     """Off-target KL, nats/token, at which flip rates are compared."""
     max_strength: float = Field(16.0, gt=0)
@@ -137,20 +143,23 @@ def compare_alternatives(
                     way = way if form == "gated" else way.ungated()
                     own_curves.append(steered_curve(way, own, text, config, first))
                     first = own_curves[-1].top
+        if LORA not in config.methods:
+            continue
         try:
             lora = train_lora(train, site, len(edit.nodes), direction, config.lora, seed)
-            curves["LoRA", "trained", direction] = [lora_curve(lora, own, text, config)]
+            curves[LORA, "trained", direction] = [lora_curve(lora, own, text, config)]
             found["lora_budget"] = {**config.lora.model_dump(), "rank": lora.rank, "module": lora.writer.name}
         except InputError as error:
-            found["methods"]["LoRA"] = undefined(str(error))
+            found["methods"][LORA] = undefined(str(error))
     for (name, form, direction), draws in curves.items():
         forms = found["methods"].setdefault(name, {})
         forms.setdefault(form, {})[direction] = _mean_json(draws, config.limits)
     for name, form in dict.fromkeys(key[:2] for key in curves):
         found["methods"][name][form] |= _both_directions(curves, name, form, config.limits)
-    found["against_difference_of_means"] = {
-        form: _against_means(curves, prompts, form, config.limits, seed) for form in FORMS
-    }
+    if MEANS in config.methods:
+        found["against_difference_of_means"] = {
+            form: _against_means(curves, prompts, form, config.limits, seed) for form in FORMS
+        }
     return found
 
 
@@ -169,7 +178,8 @@ def all_steerings(
     train_text: HeldOutText | None = None,
     gate: GateConfig = GateConfig(),  # noqa: B008  frozen
 ) -> dict[str, list[Steering]]:
-    """Gated vectors by method, several draws of the random ones, all of the norm of the difference of means.
+    """Gated vectors of the edit and of every method asked for, several draws of the random ones, all of the
+    norm of the difference of means.
 
     Raises:
         InputError: the stream at the edit's site is the same on both kinds of prompts.
@@ -192,15 +202,19 @@ def all_steerings(
     random_vectors = [
         torch.randn(len(means), generator=generator).to(means) for _ in range(config.control_draws)
     ]
-    return {
-        EDIT: [of_nodes(edit)],
-        MEANS: [gated(means)],
-        "linear probe": [gated(probe_direction(train, site, direction, config.probe_l2))],
-        "dense channel": [gated(best_channel(train, site, direction, float(norm), config.channels_tried))],
-        "unembedding": [gated(unembedding_difference(train, direction))],
-        "random nodes": [of_nodes(nodes) for nodes in random_nodes(edit, train, bridges, config, generator)],
-        "random directions": [gated(vector) for vector in random_vectors],
+    ways: dict[str, Callable[[], list[Steering]]] = {
+        MEANS: lambda: [gated(means)],
+        "linear probe": lambda: [gated(probe_direction(train, site, direction, config.probe_l2))],
+        "dense channel": lambda: [
+            gated(best_channel(train, site, direction, float(norm), config.channels_tried))
+        ],
+        "unembedding": lambda: [gated(unembedding_difference(train, direction))],
+        "random nodes": lambda: [
+            of_nodes(nodes) for nodes in random_nodes(edit, train, bridges, config, generator)
+        ],
+        "random directions": lambda: [gated(vector) for vector in random_vectors],
     }
+    return {EDIT: [of_nodes(edit)]} | {name: way() for name, way in ways.items() if name in config.methods}
 
 
 def random_nodes(

@@ -296,6 +296,19 @@ def test_the_comparison_is_whole_and_its_rates_grow_with_the_limit(dense, tokens
     assert "difference of means" in (tmp_path / "curves.svg").read_text()
 
 
+def test_only_what_is_asked_for_is_compared_and_comes_out_the_same(dense, tokens) -> None:
+    parts = setup(dense, tokens, Site(0, "resid_mid"), range(3, 6))
+    whole = compare_alternatives(*parts, CONFIG)
+    few = compare_alternatives(*parts, CONFIG.model_copy(update={"methods": ("difference of means",)}))
+    assert list(few["methods"]) == ["edit", "difference of means"]
+    assert "lora_budget" not in few
+    for name in ("methods", "against_difference_of_means"):
+        assert few[name] == {key: whole[name][key] for key in few[name]}
+    other = compare_alternatives(*parts, CONFIG.model_copy(update={"methods": ("linear probe",)}))
+    assert list(other["methods"]) == ["edit", "linear probe"]
+    assert "against_difference_of_means" not in other
+
+
 def test_a_lora_that_cannot_be_is_undefined_with_the_reason(tokens) -> None:
     parts = setup(DenseModel(tiny_model("OLMo 2")), tokens, Site(1, "resid_mid"), range(2))
     found = compare_alternatives(*parts, CONFIG)
