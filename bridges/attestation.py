@@ -80,7 +80,7 @@ def statement(report: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
             "code": at(environment, "git"),
             "recipes": at(report, "provenance", "recipes"),
             "hardware": {key: at(environment, key) for key in ("machine", "threads", "accelerator")},
-            "seeds": _seeds(at(report, "method", "config")),
+            "seeds": _seeds(at(report, "method")),
             "commands": at(report, "method", "replay"),
             "materials": [_resource(name, sha256) for name, sha256 in _materials(report)],
         },
@@ -140,13 +140,16 @@ def _hashes(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]
             yield from _hashes(part, (*path, str(key)))
 
 
-def _seeds(config: Any) -> dict[str, list[int]]:
-    """Every key of the settings that names a seed, with the values it has."""
+def _seeds(method: Any) -> dict[str, list[int]]:
+    """Every key of the settings that names a seed, by recipe, with the values it has."""
     found: dict[str, list[int]] = {}
-    for document in settings_documents(config):
-        for key, value in _leaves(document):
-            if key.rpartition(".")[2] in ("seed", "seeds") and value not in found.setdefault(key, []):
-                found[key].append(value)
+    settings = at(method, "settings")
+    # Reports of earlier versions hold the settings as text alone.
+    own = [settings] if isinstance(settings, dict) else settings_documents(at(method, "config"))
+    for key, value in (leaf for document in own for leaf in _leaves(document)):
+        if key.rpartition(".")[2] in ("seed", "seeds"):
+            values = found.setdefault(key, [])
+            values += [seed for seed in (value if isinstance(value, list) else [value]) if seed not in values]
     return found
 
 

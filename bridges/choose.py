@@ -88,13 +88,6 @@ def allowed_sites(bridges: BridgeSet, config: EditConfig) -> list[Site]:
     return [site for name, site in known.items() if not config.sites or name in config.sites]
 
 
-def choose_edit(
-    streams: PromptStreams, circuit: Circuit, bridges: BridgeSet, config: EditConfig
-) -> Edit | None:
-    """The smallest edit that reaches the goal on these prompts; None: there is no node to move."""
-    return pick_edit(grow_edits(streams, circuit, bridges, config), bridges, config)
-
-
 def grow_edits(
     streams: PromptStreams, circuit: Circuit, bridges: BridgeSet, config: EditConfig
 ) -> list[Growth]:

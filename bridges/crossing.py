@@ -141,7 +141,7 @@ def _cross(change: Change, student: Student, bridges: BridgeSet, source: Source,
         raise InputError(f"edit: the student has no node {max(change.nodes, key=lambda n: n.channel)}")
     kind = node.kind.partition(".")[2]
     if kind == "act_in":
-        return _cross_read(change, student, bridges, rms)
+        return _cross_read(change, bridges, rms)
     site = _site_after(node, student)
     if site not in bridges.sites:
         raise InputError(f"edit: {node} writes after the last site, where no bridge is")
@@ -163,7 +163,7 @@ def _cross(change: Change, student: Student, bridges: BridgeSet, source: Source,
     return Crossing(change, site, "difference", decoder.T.contiguous())
 
 
-def _cross_read(change: Change, student: Student, bridges: BridgeSet, rms: Rms) -> Crossing:
+def _cross_read(change: Change, bridges: BridgeSet, rms: Rms) -> Crossing:
     node = change.nodes[0]
     site = node.site_before()
     if site not in bridges.sites:

@@ -246,7 +246,7 @@ class DenseModel:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Prove the adapter on a short input: the unhooked forward, and two more at most.
+        """Prove the adapter on a short input: the unhooked forward, and three more at most.
 
         1. Every block's input is recorded and replaced by its recording: the same logits, bit for bit.
         2. Every block gets its recorded resid_mid instead, without attention: what it passes on must be

@@ -51,7 +51,7 @@ def circuit_figure(circuit: dict[str, Any], name: str = "this circuit") -> Marku
     if len(nodes) <= ROWS:
         return circuit_svg(circuit, max_nodes=ROWS, name=name)
     if len(nodes) <= BLOCKS:
-        return block_figure(circuit, nodes, edges, name)
+        return block_figure(nodes, edges, name)
     note = '<p class="note">No picture: {} nodes cannot be read as one; the table has its blocks.</p>'
     return Markup(note).format(number(len(nodes)))
 
@@ -197,7 +197,7 @@ def block_rows(circuit: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def block_figure(circuit: dict[str, Any], nodes: list[Node], edges: list[Edge], name: str) -> Markup:
+def block_figure(nodes: list[Node], edges: list[Edge], name: str) -> Markup:
     """One box per block, rows bottom-up; a line is as thick as the |weight| it stands for."""
     members, joins = _members(nodes), _joins(edges)
     rows: dict[tuple[int, int], list[Block]] = defaultdict(list)

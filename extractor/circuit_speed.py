@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from extractor.circuit import keep_nodes
 from extractor.clock import Ratio, Row, Times, Work, interleave, ratio
@@ -39,7 +38,7 @@ def mask_rows(run: Path, task: str, device: torch.device, rounds: int) -> list[R
             "together": lambda: learn_masks(student, settings, means, config),
             "in one batch": lambda: learn_masks(student, settings, means, batched),
             "extract": lambda: extract_circuit(student, task, train, selection, means, config, "none"),
-            "attribution": lambda: _attribution(student, train, means, wanted),
+            "attribution": lambda: _attribution(student, train, means),
         },
         rounds,
         device,
@@ -54,7 +53,7 @@ def mask_rows(run: Path, task: str, device: torch.device, rounds: int) -> list[R
     ]
 
 
-def _attribution(student: Student, train: TaskBatch, means: Means, wanted: Tensor) -> None:
+def _attribution(student: Student, train: TaskBatch, means: Means) -> None:
     """What edge attribution patching runs: both sides of every pair, and one backward over half of them."""
     masks = NodeMasks(means, [0])
     gates = torch.ones_like(masks.tau, requires_grad=True)

@@ -10,7 +10,6 @@ import contextlib
 import difflib
 import json
 import os
-import shlex
 import sys
 import types
 import typing
@@ -103,20 +102,6 @@ def load_config(config_type: type[C], argv: Sequence[str]) -> C:
 def dump_config(config: Config) -> str:
     """The resolved config as YAML; reading it back gives the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def as_arguments(config: Config, prefix: str) -> str:
-    """The dotted overrides below `prefix` that make this config from its defaults, as a user types them.
-
-    The shorthand's key is always there, so that the line says what it is about.
-    """
-    words = []
-    for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
-        if name == config.shorthand or value != field.default:
-            text = value if isinstance(value, str) else yaml.safe_dump(value).split("\n")[0]
-            words += [f"--{prefix}.{name}", shlex.quote(text)]
-    return " ".join(words)
 
 
 def describe(config_type: type[Config], prefix: str = "", *, optional: bool = False) -> list[str]:

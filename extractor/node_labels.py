@@ -12,7 +12,6 @@ A property is a candidate if it holds in at least 5 blocks of each half and at m
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,8 +24,6 @@ MIN_AUROC, MIN_AUROC_LOW, MIN_PRECISION = 0.95, 0.90, 0.80
 MIN_BLOCKS, MAX_BASE_RATE = 5, 0.5
 NUM_RESAMPLES = 1000
 NO_CANDIDATE = undefined("no property holds often enough in both halves of the text")
-
-Side = Literal["high", "low"]
 
 
 def label_nodes(

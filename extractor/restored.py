@@ -120,7 +120,7 @@ class RestoredEdges:
         self.limit = max(sets.config.max_loss, self.loss)
 
     def hold(self, gates: Bool[Tensor, " edge"]) -> bool:
-        """With none of the sets restored the loss is above the limit."""
+        """No set, restored, brings the loss above the limit."""
         return self.sets.holds(self.kept, self.limit, self._folded(gates.float()))
 
     def _folded(self, gates: Float[Tensor, " edge"]) -> Fold:

@@ -85,15 +85,6 @@ def _describe_source(source: TextSource, share: float) -> str:
     return f"{what} ({known})" if known else what
 
 
-def find_documents(config: DataConfig) -> list[Document]:
-    """Every file of `data.source`, sorted by name.
-
-    Raises:
-        InputError: the folder does not exist or holds no file that is read.
-    """
-    return FileOrigin(config.sources[0], config.max_document_bytes).documents
-
-
 @dataclass(eq=False)
 class Member:
     """A source while it is read, and what was taken from it."""

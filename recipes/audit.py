@@ -25,13 +25,15 @@ from bridges.report import summary_rows, write_report
 from bridges.run_models import RunModels
 from extractor.artifacts import SCHEMA_VERSION, environment, file_sha256, read_json
 from extractor.circuit import Circuit
-from extractor.config import Config, as_arguments, dump_config, run_recipe
+from extractor.config import Config, run_recipe
 from extractor.errors import InputError
 from extractor.machine import fast_fp32, start_processes, use_all_cores
 from extractor.node_labels import labels_of
 from extractor.statistics import undefined
-from extractor.tasks import task_names
+from extractor.tasks import task_label, task_names
 
+MEASURING = ("extract", "edit", "transfer", "compare")
+"""Recipes between training and the report, in their order."""
 TOLERANCE = {"prompts": 1, "nats": 0.001}
 """What a replay may differ by: other processors round sums otherwise."""
 MOST_CARDS = 40  # of a circuit's nodes
@@ -79,7 +81,7 @@ def main(config: AuditConfig) -> None:
         "desk": record_desks(models, manifest, config.desk),
         "transfer": read_transfer(config.run),
         "compare": read_comparison(config.run),
-        "exclusions": refused + exclusions(evaluation, circuits, edits),
+        "exclusions": refused + exclusions(manifest, evaluation, circuits, edits),
         "accounting": accounting(manifest, evaluation, behaviour, refused, circuits, edits),
         "criteria": criteria,
         "method": method(config, manifest),
@@ -163,7 +165,7 @@ def read_comparison(run: Path) -> dict[str, Any]:
 
 
 def exclusions(
-    evaluation: dict[str, Any], circuits: dict[str, Any], edits: dict[str, Any]
+    manifest: dict[str, Any], evaluation: dict[str, Any], circuits: dict[str, Any], edits: dict[str, Any]
 ) -> list[dict[str, str]]:
     """What this run leaves out, besides tasks that the tokenizer refuses."""
     found = []
@@ -174,12 +176,20 @@ def exclusions(
         if not circuit["nodes"]:
             found.append({"what": f"circuit of {task}", "why": "none was found: it is empty"})
         if task not in edits:
-            why = "the circuit reads no residual channel at any site"
-            found.append({"what": f"edit for {task}", "why": why})
+            found.append({"what": f"edit for {task}", "why": why_no_edit(manifest, task)})
         if circuit["controls"].get("seeds", {}).get("count") == 1:
             why = "one seed per circuit unless prune.seeds lists more"
             found.append({"what": f"stability over mask seeds, {task}", "why": why})
     return found
+
+
+def why_no_edit(manifest: dict[str, Any], task: str) -> str:
+    if "edit" not in manifest:
+        return "recipes/edit.py was not run"
+    asked = manifest["edit"]["config"]["tasks"]
+    if asked and task not in map(task_label, asked):
+        return "recipes/edit.py was run on other tasks"
+    return "no node of the circuit can be moved at any site"
 
 
 def accounting(
@@ -210,7 +220,7 @@ def accounting(
             f"{len(refused)} refused by name",
         ),
         row("tasks with a circuit that is not empty", len(asked), tested, found, "no circuit was found"),
-        row("tasks with an edit", len(asked), len(edits), len(edits), "no node to move"),
+        row("tasks with an edit", len(asked), len(edits), len(edits), "see what was left out"),
         row("held-out text, tokens", *[evaluation["held_out_tokens"]] * 3, ""),
     ]
     for task, circuit in circuits.items():
@@ -223,26 +233,19 @@ def accounting(
 
 
 def method(config: AuditConfig, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Settings as text and as values, the commands, and what a replay may differ by."""
-    trained = (config.run / "config.yaml").read_text(encoding="utf-8")
-    settings = {recipe: manifest[recipe]["config"] for recipe in ("extract", "edit") if recipe in manifest}
-    settings |= {"train": yaml.safe_load(trained), "audit": config.model_dump(mode="json")}
+    """Every recipe's settings, as values and as the files its command reads; what a replay may differ by."""
+    settings = {"train": yaml.safe_load((config.run / "config.yaml").read_text(encoding="utf-8"))}
+    settings |= {recipe: manifest[recipe]["config"] for recipe in MEASURING if recipe in manifest}
+    settings["audit"] = config.model_dump(mode="json")
+    files = (f"# {name}.yaml\n{yaml.safe_dump(own, sort_keys=False)}" for name, own in settings.items())
     return {
-        "config": trained + dump_config(config),
+        "config": "".join(files),
         "settings": settings,
-        "replay": replay_lines(config),
+        "replay": "\n".join(
+            f"accelerate launch recipes/{recipe}.py --config {recipe}.yaml" for recipe in settings
+        ),
         "tolerance": TOLERANCE,
     }
-
-
-def replay_lines(config: AuditConfig) -> str:
-    """The commands that made this run, as a user types them."""
-    dense = f" {as_arguments(config.dense, 'dense')}"
-    return "\n".join(
-        f"accelerate launch recipes/{verb}.py --config recipes/python/{verb}.yaml --run {config.run}"
-        + ("" if verb == "extract" else dense)
-        for verb in ("train", "extract", "edit", "compare", "audit")
-    )
 
 
 def checked_artifacts(run: Path, manifest: dict[str, Any]) -> dict[str, str]:

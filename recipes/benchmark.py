@@ -109,7 +109,7 @@ class BenchmarkConfig(Config):
     """A run folder with a trained student, for the rows on masks."""
     task: str = "with_as"
     mask_rounds: int = Field(1, ge=1)
-    """Rounds of the rows on masks, which learn eleven masks each."""
+    """Rounds of the rows on masks, which learn nineteen masks each."""
     rows: tuple[RowGroup, ...] = ROW_GROUPS
     """What to measure."""
     memory: MemoryConfig = MemoryConfig()

@@ -6,10 +6,10 @@ Per circuit: nodes and site are chosen on training and selection prompts by the 
 edit is measured on held-out prompts, on held-out text and on the other tasks, and against what the student
 predicts; with `alternatives.enabled` beside plain directions and a LoRA at equal off-target KL. Reads
 student/, bridges/, circuits/ and evaluation.json of a run folder, writes edits/<task>/ and edits.md; with
-`edit.nodes student` it needs no circuits, and edits all of the paper's tasks unless others are named. With
-`ship.adapter` there is an adapter/ for PEFT in it, with `ship.merged` a whole checkpoint in merged/, both
-loaded again in a fresh process and compared with the live edit. An edit that does not meet `limits` is saved
-with the reasons, and neither shipped nor loaded, unless `force`.
+`edit.nodes student` it needs no circuits, and without any edits the paper's tasks, unless others are named.
+With `ship.adapter` there is an adapter/ for PEFT in it, with `ship.merged` a whole checkpoint in merged/,
+both loaded again in a fresh process and compared with the live edit. An edit that does not meet `limits` is
+saved with the reasons, and neither shipped nor loaded, unless `force`.
 """
 
 import math
@@ -23,7 +23,12 @@ from pydantic import Field
 from tqdm.auto import tqdm
 
 from bridges.adapter_effect import adapter_effect, settle, unmet_by_adapter
-from bridges.alternatives import AlternativesConfig, compare_alternatives, plot_alternatives
+from bridges.alternatives import (
+    AlternativesConfig,
+    alternatives_table,
+    compare_alternatives,
+    plot_alternatives,
+)
 from bridges.audit import EditAuditConfig, audit_edit
 from bridges.checkpoint import DenseConfig
 from bridges.choose import (
@@ -47,7 +52,7 @@ from bridges.run_models import RunModels
 from bridges.search import EditConfig
 from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
-from extractor.artifacts import read_json, remove_folder, update_manifest
+from extractor.artifacts import read_json, remove_folder, update_manifest, write_text
 from extractor.circuit import Circuit
 from extractor.config import Config, run_recipe
 from extractor.data import DataConfig
@@ -198,6 +203,7 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
             gate=config.audit.gate,
         )
         add_facts(folder, {"alternatives": compared})
+        write_text(folder / "alternatives.md", alternatives_table(compared))
         plot_alternatives(compared, folder / "alternatives.svg")
     if config.ship.adapter and (config.force or not edit.refusals):
         add_facts(folder, ship(bench, circuit, edit, folder, train.batch, held_out.batch))

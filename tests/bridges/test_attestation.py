@@ -44,7 +44,10 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
     report = record("plural")
-    report["method"]["config"] = "run: x\nrotation:\n  seed: 3\nseed: 1\nrun: x\nseed: 2\n"
+    report["method"]["settings"] = {
+        "train": {"rotation": {"seed": 3}, "seed": 1},
+        "extract": {"prune": {"seeds": [0, 1]}, "evidence": {"adversary": {"seed": 4}}},
+    }
     report["provenance"]["inputs"] = {"train": {"dense": {"path": "x", "sha256": "12" * 32}}}
     report["provenance"]["inputs"]["edit"] = {"dense_sha256": "12" * 32, "note": "not a hash"}
     report["provenance"]["environment"]["git"] = {"commit": "ab" * 20, "dirty": True}
@@ -94,12 +97,24 @@ def test_the_statement_has_the_form_of_in_toto_v1(run: Path) -> None:
     assert subjects["student/model.safetensors"] == {"sha256": "cd" * 32}
 
 
+def test_seeds_of_a_record_that_holds_its_settings_as_text(run: Path) -> None:
+    """As earlier versions wrote it: one config after the other."""
+    report = json.loads((run / "report.json").read_text())
+    del report["method"]["settings"]
+    report["method"]["config"] = "run: x\nrotation:\n  seed: 3\nseed: 1\nrun: x\nseed: 2\n"
+    predicate = statement(report, {"report.html": "ab" * 32})["predicate"]
+    assert predicate["seeds"] == {"rotation.seed": [3], "seed": [1, 2]}
+
+
 def test_the_predicate_says_what_the_run_was_made_from_and_by(run: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     predicate = statement(report, {"report.html": "ab" * 32})["predicate"]
     assert predicate["code"] == {"commit": "ab" * 20, "dirty": True}
     assert predicate["builder"]["versions"] == {"torch": "2.13.0"}
-    assert predicate["seeds"] == {"rotation.seed": [3], "seed": [1, 2]}
+    assert predicate["seeds"] == {
+        "train.rotation.seed": [3], "train.seed": [1], "extract.prune.seeds": [0, 1],
+        "extract.evidence.adversary.seed": [4],
+    }  # fmt: skip
     assert predicate["verdict"]["word"] == "partly supported"
     assert {(m["name"], m["digest"]["sha256"]) for m in predicate["materials"]} == {
         ("train/dense", "12" * 32),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bridges.bridge import BridgeSet
-from bridges.choose import choose_edit, measure_edit
+from bridges.choose import grow_edits, measure_edit, pick_edit
 from bridges.coupled import CoupledModel, LossConfig
 from bridges.dense import DenseModel
 from bridges.edit import Edit, EditLimits, Hashes, add_facts, unmet_limits
@@ -106,11 +106,12 @@ def test_chosen_nodes_are_the_circuits_and_no_more_than_allowed(dense, pair, pro
     streams = PromptStreams(dense, student, bridges, prompts)
     nodes = frozenset(Node("0.attn.act_in", channel) for channel in range(40))
     circuit = Circuit("t", nodes, (), "sha", {})
-    edit = choose_edit(streams, circuit, bridges, CONFIG)
+    edit = pick_edit(grow_edits(streams, circuit, bridges, CONFIG), bridges, CONFIG)
     assert set(edit.nodes) < nodes
     assert len(edit.nodes) <= 4
     assert edit.site == Site(0, "resid_pre")
-    assert choose_edit(streams, Circuit("t", frozenset(), (), "sha", {}), bridges, CONFIG) is None
+    empty = Circuit("t", frozenset(), (), "sha", {})
+    assert pick_edit(grow_edits(streams, empty, bridges, CONFIG), bridges, CONFIG) is None
 
 
 def test_nodes_of_another_site_are_refused(pair) -> None:
@@ -245,7 +246,8 @@ def test_greedy_choice_finds_the_one_node_that_carries_the_answer(dense, tokens)
         dense, student, bridges, TaskBatch(ids, torch.zeros(8).long(), answer, answer.roll(4))
     )
     nodes = frozenset(Node("0.mlp.act_in", channel) for channel in range(12))
-    edit = choose_edit(streams, Circuit("t", nodes, (), "sha", {}), bridges, CONFIG)
+    growths = grow_edits(streams, Circuit("t", nodes, (), "sha", {}), bridges, CONFIG)
+    edit = pick_edit(growths, bridges, CONFIG)
     assert edit.nodes[0] == Node("0.mlp.act_in", 5)
 
 

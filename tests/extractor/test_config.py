@@ -1,13 +1,12 @@
 """Configs: precedence, nearest names, one-line errors and exit codes."""
 
-import shlex
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from pydantic import Field
 
-from extractor.config import Config, as_arguments, dump_config, load_config, run_recipe
+from extractor.config import Config, dump_config, load_config, run_recipe
 from extractor.errors import InputError, UsageError
 
 
@@ -77,18 +76,6 @@ def test_a_config_with_a_shorthand_may_be_one_value(
 
 def test_a_config_with_a_shorthand_may_be_one_value_in_code() -> None:
     assert Outer(place="there").place == Outer(place=Path("there")).place == Place(path="there")
-
-
-@pytest.mark.parametrize(
-    ("place", "line"),
-    [
-        (Place(), "--place.path here"),
-        (Place(path="a b", mode="c", deep=True), "--place.path 'a b' --place.mode c --place.deep true"),
-    ],
-)
-def test_arguments_give_the_config_again(place: Place, line: str) -> None:
-    assert as_arguments(place, "place") == line
-    assert load_config(Outer, shlex.split(line)).place == place
 
 
 @pytest.mark.parametrize(

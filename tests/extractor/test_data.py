@@ -26,8 +26,9 @@ from extractor.artifacts import (
 from extractor.checkpoints import load_checkpoint, save_checkpoint
 from extractor.data import DataConfig, TokenBlocks, load_blocks, load_spread
 from extractor.errors import InputError
+from extractor.sources import FileOrigin
 from extractor.student import Student
-from extractor.text import describe_data, find_documents, iter_texts
+from extractor.text import describe_data, iter_texts
 from tests.conftest import ROOT, SHIPPED_DENSE, tiny_gpt2, tiny_student_config
 
 
@@ -60,7 +61,7 @@ def test_no_text_is_on_both_sides_and_none_twice(corpus: DataConfig) -> None:
 
 def test_python_source_is_found_and_split_by_name() -> None:
     config = DataConfig()
-    documents = find_documents(config)
+    documents = FileOrigin(config.sources[0], config.max_document_bytes).documents
     names = {document.name for document in documents}
     assert {"stdlib/json/decoder.py", "torch/nn/modules/linear.py"} <= names
     assert not any("transformers/models/" in name for name in names)
@@ -79,9 +80,9 @@ def test_blocks_are_the_joined_documents(corpus: DataConfig, shipped_tokenizer) 
 
 def test_missing_or_empty_folders_are_refused(tmp_path, shipped_tokenizer) -> None:
     with pytest.raises(InputError, match="is not a folder"):
-        find_documents(DataConfig(source=str(tmp_path / "nowhere")))
+        list(iter_texts(DataConfig(source=str(tmp_path / "nowhere")), "train", 0))
     with pytest.raises(InputError, match="no file matching"):
-        find_documents(DataConfig(source=str(tmp_path)))
+        list(iter_texts(DataConfig(source=str(tmp_path)), "train", 0))
     (tmp_path / "one.py").write_text("x = 1\n")
     with pytest.raises(InputError, match="too few for a held-out share"):
         load_blocks(DataConfig(source=str(tmp_path)), shipped_tokenizer, "train", max_tokens=100)
@@ -280,7 +281,7 @@ def test_missing_sources_are_refused_in_one_line(tmp_path, corpora, shipped_toke
 
 def test_all_files_too_long_and_too_long_a_context(corpus: DataConfig, shipped_tokenizer) -> None:
     with pytest.raises(InputError, match="all 120 files in .* longer than data.max_document_bytes"):
-        find_documents(corpus.model_copy(update={"max_document_bytes": 3}))
+        list(iter_texts(corpus.model_copy(update={"max_document_bytes": 3}), "train", 0))
     with pytest.raises(InputError, match="16 is longer than the model's 8 positions"):
         load_blocks(corpus, shipped_tokenizer, "train", max_tokens=1000, max_context=8)
 

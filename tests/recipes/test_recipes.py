@@ -262,7 +262,13 @@ def test_a_quantised_dense_model_is_trained_against_and_its_plain_self_copied(
     assert inputs["sha256"] == evaluation["dense"]["sha256"] == plain.sha256
     run_in_process(monkeypatch, "audit", *dense, "--held_out_pairs", 4)
     report = json.loads((run / "report.json").read_text())
-    assert f"--dense.path {tiny_llama_checkpoint} --dense.quantization 8bit" in report["method"]["replay"]
+    assert report["method"]["replay"].splitlines() == [
+        f"accelerate launch recipes/{recipe}.py --config {recipe}.yaml" for recipe in ("train", "audit")
+    ]
+    for part in report["method"]["config"].split("# train.yaml\n")[1].split("# audit.yaml\n"):
+        dense_settings = yaml.safe_load(part)["dense"]
+        assert dense_settings["path"] == str(tiny_llama_checkpoint)
+        assert dense_settings["quantization"] == "8bit"
     assert "with quantization 8bit" in (run / "report.html").read_text()
 
 
