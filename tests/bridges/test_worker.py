@@ -15,11 +15,13 @@ import psutil
 import pytest
 
 from bridges.service.jobs import Job, JobFolder, Status
-from bridges.service.log_pump import parse_bar
-from bridges.service.processes import MARK
+from bridges.service.log_pump import LogPump, parse_bar
+from bridges.service.processes import MARK, processes_of
 from bridges.service.queue import Queue
+from bridges.service.redact import Redactor
 from bridges.service.serve import OneWorker, WorkerKeeper
 from bridges.service.worker import Worker, WorkerConfig
+from extractor.errors import MachineError
 from tests.conftest import ROOT
 
 RECIPE = """
@@ -278,6 +280,23 @@ def test_a_worker_of_an_earlier_server_goes_on_and_is_named(tmp_path: Path, caps
     keeper.stop()
     assert f"`kill {os.getpid()}` ends it" in capsys.readouterr().err
     assert not OneWorker(tmp_path).take()
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "/nowhere/log.txt"])
+def test_a_log_that_cannot_be_written_does_not_stop_its_job(where: str, tmp_path: Path) -> None:
+    read, write = map(os.fdopen, os.pipe(), ("rb", "wb"))
+    pump = LogPump(read, Path(where), tmp_path, Redactor({}))
+    pump.start()
+    # The bar's file cannot be written either: it is a folder.
+    text = b"train: 10%|# | 1/10 [00:01<00:09]\n" + (b"x" * 99 + b"\n") * 2000
+    said = threading.Thread(target=lambda: (write.write(text), write.close()))
+    said.daemon = True
+    said.start()
+    pump.join(timeout=5)
+    assert not pump.is_alive()
+    assert pump.last_line == "x" * 99
+    said.join(timeout=5)
+    assert not said.is_alive()
 
 
 def test_progress_bars_become_numbers() -> None:
