@@ -83,12 +83,14 @@ class Worker:
             outcome=folder.outcome.resolve(),
         )
         pump = LogPump(process.stdout, folder.log, folder.progress, self.redactor)
-        pump.start()
-        state = self._watch(begun, process)
-        # By attempt: where the lease is lost, another worker may have started the next one.
-        processes.kill(job.id, range(begun.attempt, begun.attempt + 1))
-        process.wait()
-        pump.join(timeout=5)
+        try:
+            pump.start()
+            state = self._watch(begun, process)
+        finally:  # an index that cannot be written, too, must not leave them to work beside the next attempt
+            # By attempt: where the lease is lost, another worker may have started the next one.
+            processes.kill(job.id, range(begun.attempt, begun.attempt + 1))
+            process.wait()
+            pump.join(timeout=5)
         folder.redact_outcome(self.redactor.redact)
         if state is not None:
             self._conclude(begun, folder, state, process.returncode, pump.last_line)
