@@ -15,7 +15,16 @@ from extractor.errors import MachineError
 
 DAY = 86400.0
 LOOK = 10.0  # seconds between two questions to an engine
-WORKER = ("lease", "grace", "attempts", "launcher")
+WORKER = ("lease", "grace", "attempts", "max_attempts", "launcher")
+
+
+def _queue(runs: Path) -> "Queue":
+    """Raises InputError where there is no such folder: who only looks makes none."""
+    from bridges.service.queue import Queue
+
+    if not runs.is_dir():
+        raise InputError(f"no folder of runs at '{runs}'; give --runs, or submit a job")
+    return Queue(runs)
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -239,6 +248,9 @@ def add_commands(command) -> None:
         parser.add_argument("--grace", type=float, help="seconds that a job has for its checkpoint")
         parser.add_argument(
             "--attempts", type=int, help="in a row without anything new, then a job has failed"
+        )
+        parser.add_argument(
+            "--max_attempts", type=int, help="at all (1000), then a job has failed however far it came"
         )
         parser.add_argument("--launcher", help='e.g. "accelerate launch --num_processes 2"')
     for parser in (serving, submitting, working):

@@ -25,6 +25,9 @@ from extractor.errors import InputError, UsageError
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+TRACKERS = ("sparsebridge", "wandb", "trackio")
+"""Folders of a run in which every start makes new files: Accelerate's TensorBoard writes into the one of the
+project's name (`init_trackers` in recipes/train.py), the others into theirs where they are sent here."""
 RECIPES = ("quickstart", "train", "extract", "edit", "transfer", "compare", "audit")
 
 
@@ -164,6 +167,6 @@ def names_digest(run: Path) -> str:
     names = sorted(
         path.as_posix()
         for path in below
-        if path.parts[0] != "jobs" and not any(part.startswith(".") for part in path.parts)
+        if path.parts[0] not in ("jobs", *TRACKERS) and not any(part.startswith(".") for part in path.parts)
     )
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

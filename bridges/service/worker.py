@@ -3,7 +3,8 @@
 killed (SIGKILL)       its lease runs out; the next worker ends what is left and goes on from the checkpoint
 stopped (SIGTERM, ^C)  the job writes a checkpoint and is queued again
 job cancelled          the same, and it ends as `cancelled`
-job crashed            it is tried again; after `attempts` in a row without anything new it ends as `failed`
+job crashed            it is tried again; after `attempts` in a row without anything new, or `max_attempts` at
+                       all, it ends as `failed`
 """
 
 import contextlib
@@ -41,6 +42,8 @@ class WorkerConfig(Config):
     """What starts a recipe's file: `accelerate launch`, or another with its options."""
     attempts: int = Field(3, ge=1)
     """In a row without anything new in the run folder, after which a job has failed."""
+    max_attempts: int = Field(1000, ge=1)
+    """At all, after which a job has failed however far each of them came."""
 
 
 class Worker:
@@ -100,10 +103,15 @@ class Worker:
         digest = names_digest(self.queue.runs / lease.job.run)
         is_new = digest != lease.status.progress
         fruitless = 0 if is_new else lease.status.fruitless + 1
+        too_many = ""
         if fruitless >= self.config.attempts:
+            too_many = f"{fruitless} attempts in a row came to nothing"
+        elif lease.attempt > self.config.max_attempts:
+            too_many = f"{self.config.max_attempts} attempts did not end it; submitted again, it goes on"
+        if too_many:
             _, why = folder.read_outcome()
             last = why or lease.status.reason or "it took its worker with it"
-            self._end(lease, "failed", f"{fruitless} attempts in a row came to nothing: {last}")
+            self._end(lease, "failed", f"{too_many}: {last}")
             return None
         return self.queue.write(lease, progress=digest, fruitless=fruitless, reason="", exit_code=None)
 

@@ -52,6 +52,11 @@ elif mode == "progress":  # crashes each time, but gets further
     (run / f"step-{attempt}").touch()
     if attempt < 6:
         os._exit(9)
+elif mode == "tracked":  # a crash, but a tracker begins a new file at each start
+    (run / "sparsebridge").mkdir(exist_ok=True)
+    (run / "sparsebridge" / f"events.out.tfevents.{attempt}").touch()
+    if attempt < 6:
+        os._exit(9)
 elif mode == "stop":  # as training does: a checkpoint on SIGTERM
     def stop(*_):
         (run / "checkpoint").touch()
@@ -173,6 +178,44 @@ def test_attempts_that_get_further_are_not_counted(queue: Queue, home: Path) -> 
     work(queue, home, attempts=2)
     assert ended(queue, job).state == "done"
     assert attempts(home) == [1, 2, 3, 4, 5, 6]
+
+
+def test_attempts_that_get_further_for_ever_end_at_the_cap(queue: Queue, home: Path) -> None:
+    job = submit(queue, "progress")
+    work(queue, home, max_attempts=3)
+    assert ended(queue, job).state == "failed"
+    assert ended(queue, job).reason.startswith("3 attempts did not end it; submitted again, it goes on: ")
+    assert attempts(home) == [1, 2, 3]
+
+
+def test_a_tracker_s_new_file_is_no_progress(queue: Queue, home: Path) -> None:
+    job = submit(queue, "tracked")
+    work(queue, home, attempts=2)
+    assert "2 attempts in a row came to nothing" in ended(queue, job).reason
+    assert len(attempts(home)) <= 3
+
+
+def test_a_job_that_was_cancelled_as_its_worker_died_is_not_started(queue: Queue, home: Path) -> None:
+    job = submit(queue, "fine")
+    queue.claim("nobody", 0.0)
+    queue.cancel(job.id)
+    work(queue, home)
+    status = ended(queue, job)
+    assert (status.state, status.is_cancelling) == ("cancelled", False)
+    assert not (home / "runs" / "run" / "attempts.txt").exists()
+
+
+def test_a_worker_that_fails_leaves_no_process_behind(queue: Queue, home: Path, monkeypatch) -> None:
+    job = submit(queue, "deaf")
+
+    def renew(*_: object) -> None:
+        wait_for((home / "runs" / "run" / "started").exists)
+        raise MachineError("another process holds the index")
+
+    monkeypatch.setattr(queue, "renew", renew)
+    with pytest.raises(MachineError, match="holds the index"):
+        work(queue, home, lease=1.0)
+    assert not processes_of(job.id, range(9))
 
 
 def test_a_job_that_kills_its_worker_fails_after_its_attempts(queue: Queue, home: Path) -> None:
