@@ -144,18 +144,28 @@ class Queue:
         """Queue a job; one whose idempotency key is known is returned as it is.
 
         Raises:
-            UsageError: the key is known with another request.
+            UsageError: the key is known with another request, or to another engine.
         """
         with self._transaction() as db:
             row = db.execute("SELECT * FROM jobs WHERE id = ?", (job.id,)).fetchone()
             if row is not None:
                 known = _job(row)
                 if known.wanted != job.wanted:
-                    raise UsageError("this idempotency key was used for another request; take a new one")
+                    raise _taken(job, "it was used for another request")
                 return known
+            if any(self.runs.glob(f"*/jobs/{job.id}/engine.json")):
+                raise _taken(job, "another engine has its job")
             JobFolder(self.runs, job.run, job.id).write_job(job)
             _insert(db, job, Status())
         return job
+
+    @contextmanager
+    def without(self, job: Job) -> Iterator[None]:
+        """For an engine that takes a job: meanwhile it is not queued here. Raises UsageError where it was."""
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM jobs WHERE id = ?", (job.id,)).fetchone():
+                raise _taken(job, "its job is in this machine's queue")
+            yield
 
     def cancel(self, job_id: str) -> Status:
         """A queued job ends at once; a running one is asked to write a checkpoint and stop."""
@@ -258,9 +268,9 @@ class Queue:
 
     # --- from files --------------------------------------------------------------------------------------
 
-    def adopt(self) -> tuple[int, list[str]]:
-        """Take in every job of the run folders that the index has not, but for those that another engine has:
-        the number, and what is damaged.
+    def adopt(self, *, anew: bool = False) -> list[str]:
+        """Take in every job of the run folders that the index has not, but for those that another engine has;
+        what is damaged is returned. `anew`: first drop every job that no worker holds.
 
         A job that was running is queued again: its lease is not known, its command goes on where it stopped.
         """
@@ -342,6 +352,10 @@ def _told(path: Path) -> Iterator[None]:
         raise MachineError(
             f"the index '{path}' is damaged ({error}); `sparsebridge reindex` makes it again"
         ) from None
+
+
+def _taken(job: Job, why: str) -> UsageError:
+    return UsageError(f"idempotency key {job.idempotency_key!r}: {why}; take a new one")
 
 
 def _insert(db: sqlite3.Connection, job: Job, status: Status) -> None:
