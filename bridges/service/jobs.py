@@ -15,7 +15,7 @@ import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -96,6 +96,13 @@ class Status:
     started: float | None = None
     ended: float | None = None
 
+    def after(self, **changes: Any) -> "Status":
+        """With changes: what was asked to stop is not queued again, and what has ended is asked no longer."""
+        own = replace(self, **changes)
+        if own.is_cancelling and own.state == "queued":
+            own = replace(own, state="cancelled")
+        return replace(own, is_cancelling=False, ended=time.time()) if own.state in ENDED else own
+
 
 class JobFolder:
     """The files of one job."""
@@ -128,7 +135,7 @@ class JobFolder:
                 status = Status(**{name: value[name] for name in Status.__dataclass_fields__})
             if status.state not in get_args(State):
                 raise ValueError(f"state {status.state!r}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"job '{self.path.name}' is damaged ({error})") from None
         return job, status
 

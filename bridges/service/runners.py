@@ -148,8 +148,7 @@ class _Engine(ABC):
         if self.poll(job)[0] == "queued":
             self.remove(engine_id)
             _, status = self.folder(job).read()
-            ended = replace(status, state="cancelled", reason="cancelled", ended=time.time())
-            self.folder(job).write_status(ended)
+            self.folder(job).write_status(status.after(state="cancelled", reason="cancelled"))
 
     def id_of(self, job: Job) -> str:
         """Raises InputError where the job was not handed to this engine, or perhaps was not."""

@@ -29,6 +29,7 @@ from extractor.config import Config
 
 MISTAKES = (2, 3, 4, 5)  # exit codes of a recipe that the same command would end in again
 RESUMABLE = (75, 130, BUSY)
+CANCELLED = "cancelled while it ran; submitted again, it goes on"
 
 
 class WorkerConfig(Config):
@@ -71,6 +72,9 @@ class Worker:
         folder = JobFolder(self.queue.runs, lease.job.run, lease.job.id)
         if not processes.kill(lease.job.id, range(lease.attempt)):
             self._end(lease, "queued", "processes of an earlier attempt could not be ended", counts=False)
+            return
+        if lease.status.is_cancelling:  # its worker was killed before it could see that
+            self._end(lease, "cancelled", CANCELLED)
             return
         begun = self._begin(lease, folder)
         if begun is None:
@@ -146,7 +150,7 @@ class Worker:
         if code == 0:  # also where it was done just before it was stopped
             self._end(lease, "done", "", code=0)
         elif state == "cancelled":
-            self._end(lease, "cancelled", "cancelled while it ran; submitted again, it goes on", code=told)
+            self._end(lease, "cancelled", CANCELLED, code=told)
         elif state == "queued":
             self._end(lease, "queued", "its worker was stopped", counts=False)
         elif told in MISTAKES:
