@@ -68,16 +68,16 @@ def submit(arguments: argparse.Namespace) -> int:
 
 def jobs(arguments: argparse.Namespace) -> int:
     from bridges.service.follow import as_table, view
-    from bridges.service.queue import Queue
     from bridges.service.runners import handed_over
 
-    found = [(job, status) for _, job, status in Queue(arguments.runs).page(limit=arguments.limit)]
+    queue = _queue(arguments.runs)
+    found = [(job, status) for _, job, status in queue.page(limit=arguments.limit)]
     found += handed_over(arguments.runs, ask=True)[: arguments.limit]
+    views = [view(queue, job, status) for job, status in found]
     if arguments.json:
-        views = [view(arguments.runs, job, status).model_dump() for job, status in found]
-        sys.stdout.write(json.dumps(views, indent=1) + "\n")
+        sys.stdout.write(json.dumps([own.model_dump() for own in views], indent=1) + "\n")
     else:
-        sys.stdout.write(as_table(found, arguments.runs))
+        sys.stdout.write(as_table(views))
     return 0
 
 
