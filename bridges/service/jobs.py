@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from extractor.artifacts import SCHEMA_VERSION, read_json, write_json
+from extractor.artifacts import SCHEMA_VERSION, read_json, remove_folder, write_json
 from extractor.errors import InputError, UsageError
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -123,6 +123,12 @@ class JobFolder:
     def write_status(self, status: Status) -> None:
         write_json(self.path / "state.json", {"schema_version": SCHEMA_VERSION, **asdict(status)})
 
+    def remove(self) -> None:
+        """The request first: whatever a kill leaves of the rest is no job that is queued again."""
+        if self.path.is_dir():
+            (self.path / "job.json").unlink(missing_ok=True)
+            remove_folder(self.path)
+
     def read(self) -> tuple[Job, Status]:
         """Raises InputError where the files are damaged; a job without a state was never started."""
         try:
@@ -168,8 +174,8 @@ def job_folders(runs: Path) -> Iterator[JobFolder]:
 
 
 def names_digest(run: Path) -> str:
-    """Digest of the names of all files of a run but those of its jobs: a new checkpoint, circuit or edit
-    changes it, a crash that repeats itself does not."""
+    """Digest of the names of all files of a run but those of its jobs and trackers: a new checkpoint, circuit
+    or edit changes it, a crash that repeats itself does not."""
     below = (path.relative_to(run) for path in run.rglob("*"))
     names = sorted(
         path.as_posix()

@@ -123,7 +123,7 @@ class _Engine(ABC):
 
     def _remove_folder(self, job: Job) -> None:
         folder = self.folder(job).path
-        shutil.rmtree(folder)
+        self.folder(job).remove()
         with suppress(OSError):  # there is more in them
             folder.parent.rmdir()
             folder.parent.parent.rmdir()
