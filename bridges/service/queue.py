@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     created REAL NOT NULL, idempotency_key TEXT,
     state TEXT NOT NULL CHECK (state IN ('queued', 'running', 'done', 'failed', 'cancelled')),
     attempt INTEGER NOT NULL, fruitless INTEGER NOT NULL, progress TEXT NOT NULL,
-    is_cancelling INTEGER NOT NULL,
-    exit_code INTEGER, reason TEXT NOT NULL, started REAL, ended REAL,
+    is_cancelling INTEGER NOT NULL, exit_code INTEGER, reason TEXT NOT NULL, started REAL, ended REAL,
     owner TEXT, host TEXT, lease_until REAL
 );
 CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, run, number);
@@ -75,8 +74,7 @@ class Queue:
     """
 
     def __init__(self, runs: Path):
-        self.runs, self.path = runs, runs / FILE
-        self._lock = threading.RLock()
+        self.runs, self.path, self._lock = runs, runs / FILE, threading.RLock()
         self._open()
 
     def _open(self) -> None:
@@ -142,10 +140,9 @@ class Queue:
         with self._transaction() as db:
             row = db.execute("SELECT * FROM jobs WHERE id = ?", (job.id,)).fetchone()
             if row is not None:
-                known = _job(row)
-                if known.wanted != job.wanted:
+                if _job(row).wanted != job.wanted:
                     raise _taken(job, "it was used for another request")
-                return known
+                return _job(row)
             if any(self.runs.glob(f"*/jobs/{job.id}/engine.json")):
                 raise _taken(job, "another engine has its job")
             JobFolder(self.runs, job.run, job.id).write_job(job)
@@ -283,10 +280,13 @@ class Queue:
 
         A job that was running is queued again: its lease is not known, its command goes on where it stopped.
         """
-        found, damaged = [], []
+        found, damaged, ended = [], [], {}
         # In one transaction: nobody misses a job meanwhile, nor writes a state behind what was read.
         with self._transaction() as db:
             if anew:
+                # Of these the index has the last word: a file may not have taken it.
+                rows = db.execute("SELECT * FROM jobs WHERE ended IS NOT NULL")
+                ended = {row["id"]: _status(row) for row in rows}
                 db.execute("DELETE FROM jobs WHERE state != 'running' OR lease_until < ?", (time.time(),))
             known = {row["id"] for row in db.execute("SELECT id FROM jobs")}
             for folder in job_folders(self.runs):
@@ -297,7 +297,8 @@ class Queue:
                     damaged.append(str(error))
             for job, status in sorted(found, key=lambda own: (own[0].created, own[0].id)):
                 if job.id not in known:
-                    _insert(db, job, status.after(state="queued") if status.state == "running" else status)
+                    status = status.after(state="queued") if status.state == "running" else status
+                    _insert(db, job, ended.get(job.id, status))
         return damaged
 
     def count(self) -> int:
@@ -329,9 +330,8 @@ def reindex(runs: Path) -> tuple[int, list[str]]:
                 os.replace(own, own.with_name(f"{own.name}.damaged"))
         queue = Queue(runs)
         damaged = queue.adopt()
-    count = queue.count()
-    queue.close()
-    return count, damaged
+    with closing(queue):
+        return queue.count(), damaged
 
 
 @contextmanager

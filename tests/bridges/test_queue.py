@@ -307,6 +307,14 @@ def test_a_done_job_is_there_while_the_index_is_made_again(
     assert seen == ["done"]
 
 
+def test_an_end_that_no_file_could_take_is_kept_when_the_index_is_made_again(queue: Queue) -> None:
+    job = queue.submit(Job.new("run", "train"))
+    (JobFolder(queue.runs, "run", job.id).path / "state.json").mkdir()  # nothing can be put in its place
+    assert queue.cancel(job.id).state == "cancelled"
+    assert reindex(queue.runs) == (1, [])
+    assert queue.get(job.id)[1].state == "cancelled"
+
+
 # --- races -----------------------------------------------------------------------------------------------
 
 
