@@ -133,7 +133,7 @@ def add_job_routes(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
         """Queue a job; the same key again gives the same job."""
         job = submit.from_names(home, runs, **request.model_dump(), idempotency_key=idempotency_key)
         known, status = queue.get(queue.submit(job).id)
-        return follow.view(runs, known, status)
+        return follow.view(queue, known, status)
 
     @app.get("/api/v1/jobs")
     def list_jobs(
@@ -143,21 +143,21 @@ def add_job_routes(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
     ) -> JobPage:
         """Newest first, page by page."""
         found = queue.page(limit=limit, before=before, states=(state,) if state else ())
-        views = [follow.view(runs, job, status) for _, job, status in found]
+        views = [follow.view(queue, job, status) for _, job, status in found]
         return JobPage(jobs=views, before=found[-1][0] if len(found) == limit else None)
 
     @app.get("/api/v1/jobs/{job_id}")
     def get_job(job_id: str) -> JobView:
         """One job."""
-        return follow.view(runs, *follow.find(queue, job_id))
+        return follow.view(queue, *follow.find(queue, job_id))
 
     @app.post("/api/v1/jobs/{job_id}/cancel")
     def cancel_job(job_id: str) -> JobView:
         """A running job writes a checkpoint first; submitted again, it goes on from there."""
-        if engine := follow.view(runs, *follow.find(queue, job_id)).engine:
+        if engine := follow.view(queue, *follow.find(queue, job_id)).engine:
             raise UsageError(f"{engine} has this job: `sparsebridge cancel {job_id}` asks it")
         queue.cancel(job_id)
-        return follow.view(runs, *queue.get(job_id))
+        return follow.view(queue, *queue.get(job_id))
 
     @app.get("/api/v1/jobs/{job_id}/events", response_class=StreamingResponse)
     def job_events(

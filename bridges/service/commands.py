@@ -8,14 +8,28 @@ import json
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bridges.service.jobs import ENDED, RECIPES, JobFolder
-from extractor.errors import MachineError
+from extractor.errors import InputError, MachineError
+
+if TYPE_CHECKING:
+    from bridges.service.queue import Queue
 
 DAY = 86400.0
 LOOK = 10.0  # seconds between two questions to an engine
-WORKER = ("lease", "grace", "attempts", "launcher")
+WORKER = ("lease", "grace", "attempts", "max_attempts", "launcher")
+
+
+def _queue(runs: Path) -> "Queue":
+    """Raises InputError where there is no such folder: who only looks makes none."""
+    from bridges.service.queue import Queue
+
+    if not runs.is_dir():
+        raise InputError(f"no folder of runs at '{runs}'; give --runs, or submit a job")
+    return Queue(runs)
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -59,25 +73,24 @@ def submit(arguments: argparse.Namespace) -> int:
 
 def jobs(arguments: argparse.Namespace) -> int:
     from bridges.service.follow import as_table, view
-    from bridges.service.queue import Queue
     from bridges.service.runners import handed_over
 
-    found = [(job, status) for _, job, status in Queue(arguments.runs).page(limit=arguments.limit)]
+    queue = _queue(arguments.runs)
+    found = [(job, status) for _, job, status in queue.page(limit=arguments.limit)]
     found += handed_over(arguments.runs, ask=True)[: arguments.limit]
+    views = [view(queue, job, status) for job, status in found]
     if arguments.json:
-        views = [view(arguments.runs, job, status).model_dump() for job, status in found]
-        sys.stdout.write(json.dumps(views, indent=1) + "\n")
+        sys.stdout.write(json.dumps([own.model_dump() for own in views], indent=1) + "\n")
     else:
-        sys.stdout.write(as_table(found, arguments.runs))
+        sys.stdout.write(as_table(views))
     return 0
 
 
 def logs(arguments: argparse.Namespace) -> int:
     from bridges.service.follow import for_terminal, read_log
-    from bridges.service.queue import Queue
     from bridges.service.runners import asked, engine_of
 
-    queue, offset, next_look = Queue(arguments.runs), 0, 0.0
+    queue, offset, next_look = _queue(arguments.runs), 0, 0.0
     engine = engine_of(arguments.runs, Path(), arguments.job)
     job = queue.get(arguments.job)[0] if engine is None else engine[1]
     folder, is_over = JobFolder(arguments.runs, job.run, job.id), False
@@ -98,14 +111,14 @@ def logs(arguments: argparse.Namespace) -> int:
 
 
 def cancel(arguments: argparse.Namespace) -> int:
-    from bridges.service.queue import Queue
     from bridges.service.runners import engine_of
 
+    queue = _queue(arguments.runs)
     if (engine := engine_of(arguments.runs, Path(), arguments.job)) is not None:
         engine[0].cancel(engine[1])
         sys.stdout.write(f"{engine[1].id}: {engine[0].poll(engine[1])[0]}\n")
         return 0
-    status = Queue(arguments.runs).cancel(arguments.job)
+    status = queue.cancel(arguments.job)
     word = "it writes a checkpoint and stops" if status.is_cancelling else status.state
     sys.stdout.write(f"{arguments.job}: {word}\n")
     return 0
@@ -133,25 +146,34 @@ def worker(arguments: argparse.Namespace) -> int:
 
 def gc(arguments: argparse.Namespace) -> int:
     """Job folders that ended long ago, and what a kill left half-written."""
-    from bridges.service.queue import Queue
+    from bridges.service.runners import handed_over
 
-    queue, oldest = Queue(arguments.runs), time.time() - arguments.days * DAY
-    gone = []
-    for _, job, status in queue.page(limit=1_000_000, states=ENDED):
-        if (status.ended or job.created) < oldest:
-            gone.append(JobFolder(arguments.runs, job.run, job.id).path)
-    held = {job.run for _, job, _ in queue.page(limit=1_000_000, states=("running",))}
-    for path in arguments.runs.glob("*/.tmp-*"):
-        if path.parent.name not in held and path.stat().st_mtime < time.time() - DAY:
-            gone.append(path)
-    for path in gone:
+    queue, oldest = _queue(arguments.runs), time.time() - arguments.days * DAY
+    found = [(job, status) for _, job, status in queue.page(limit=1_000_000)]
+    found += handed_over(arguments.runs, ask=False)
+    queue.close()
+    folders = [
+        JobFolder(arguments.runs, job.run, job.id)
+        for job, status in found
+        if status.state in ENDED and (status.ended or job.created) < oldest
+    ]
+    gone = {folder.path: folder.remove for folder in folders}
+    held = {job.run for job, status in found if status.state == "running"}
+    for path in (*arguments.runs.glob("*/.tmp-*"), *arguments.runs.glob("*/jobs/.tmp-*")):
+        if path.relative_to(arguments.runs).parts[0] not in held and path.stat().st_mtime < time.time() - DAY:
+            gone[path] = partial(shutil.rmtree, path) if path.is_dir() else path.unlink
+    code = 0
+    for path, remove in gone.items():
         sys.stdout.write(f"{path}\n")
         if not arguments.dry_run:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    queue.close()
+            try:
+                remove()
+            except OSError as error:  # one that cannot be removed must not keep the others
+                sys.stderr.write(f"left: {path} ({error.strerror})\n")
+                code = MachineError.exit_code
     if gone and not arguments.dry_run:
-        return reindex(arguments)
-    return 0
+        code = reindex(arguments) or code
+    return code
 
 
 def reindex(arguments: argparse.Namespace) -> int:
@@ -203,7 +225,7 @@ def add_commands(command) -> None:
     submitting.add_argument("recipe", choices=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
     submitting.add_argument("arguments", nargs=argparse.REMAINDER, help="as after recipes/RECIPE.py")
 
-    listing = command("jobs", jobs, "List jobs: newest first, with progress. Exit code 0.")
+    listing = command("jobs", jobs, "List jobs: newest first, with progress. Exit code 0, or 3.")
     listing.add_argument("--limit", type=int, default=50)
     listing.add_argument("--json", action="store_true", help="print JSON instead of text")
     reading = command(
@@ -221,7 +243,12 @@ def add_commands(command) -> None:
     )  # fmt: skip
     working.add_argument("--handed_over", metavar="RUN/JOB", help="only this job, which an engine started")
     working.add_argument("--until_empty", action="store_true", help="end when no job is left")
-    cleaning = command("gc", gc, "Remove old job files: of jobs that ended long ago; runs stay. Exit code 0.")
+    cleaning = command(
+        "gc",
+        gc,
+        "Remove old job files: of jobs that ended long ago; runs stay. Exit code "
+        "0, or 4 where some cannot be removed.",
+    )
     cleaning.add_argument("--days", type=float, default=30.0)
     cleaning.add_argument("--dry_run", action="store_true", help="print what would go")
     again = command("reindex", reindex, "Make the index of jobs again: from the run folders. Exit code 0, or "
@@ -239,6 +266,9 @@ def add_commands(command) -> None:
         parser.add_argument("--grace", type=float, help="seconds that a job has for its checkpoint")
         parser.add_argument(
             "--attempts", type=int, help="in a row without anything new, then a job has failed"
+        )
+        parser.add_argument(
+            "--max_attempts", type=int, help="at all (1000), then a job has failed however far it came"
         )
         parser.add_argument("--launcher", help='e.g. "accelerate launch --num_processes 2"')
     for parser in (serving, submitting, working):

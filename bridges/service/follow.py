@@ -25,6 +25,9 @@ from bridges.service.runners import engine_name
 from bridges.service.serve import OneWorker
 
 NO_WORKER = "no worker is running: start `sparsebridge worker`, or `sparsebridge serve` without --no_worker"
+WORKER_GONE = (
+    "its worker (on {}) is gone: start `sparsebridge worker` there, or `sparsebridge reindex` queues it again"
+)
 EVERY = 0.5  # seconds between two looks at the files
 CHUNK = 1 << 16  # bytes of log or metrics in one event
 PRINTED = re.compile(r"[^\n\t]+")
@@ -39,7 +42,7 @@ class Progress(BaseModel):
     total: float
     elapsed: str
     left: str
-    """Time left, as the bar estimates it."""
+    """Time left, as the bar estimates it; empty where the job does not run."""
     values: dict[str, str]
     """Losses, tokens per second and what else it showed."""
 
@@ -54,7 +57,7 @@ class JobView(BaseModel):
     engine: str
     """That it was handed to; empty: it runs on this machine."""
     waits: str
-    """Why it does not start, where nothing that runs will start it."""
+    """Why it does not go on, where nothing that runs will see to it."""
     state: State
     attempt: int
     is_cancelling: bool
@@ -66,18 +69,25 @@ class JobView(BaseModel):
     progress: Progress | None
 
 
-def view(runs: Path, job: Job, status: Status) -> JobView:
+def view(queue: Queue, job: Job, status: Status) -> JobView:
     """What the API says of a job; times are UTC."""
-    folder = JobFolder(runs, job.run, job.id)
+    folder = JobFolder(queue.runs, job.run, job.id)
     engine = engine_name(folder) if folder.engine.is_file() else ""
-    is_stuck = status.state == "queued" and not engine and not OneWorker(runs).is_held
+    waits = ""
+    if status.state == "queued" and not engine and not OneWorker(queue.runs).is_held:
+        waits = NO_WORKER
+    elif status.state == "running" and (host := queue.lost_to(job.id)):
+        waits = WORKER_GONE.format(host)
+    progress = read_progress(folder)
+    if progress is not None and status.state != "running":
+        progress.left = ""
     return JobView(
         id=job.id,
         run=job.run,
         recipe=job.recipe,
         command=redact(job.command),
         engine=engine,
-        waits=NO_WORKER if is_stuck else "",
+        waits=waits,
         state=status.state,
         attempt=status.attempt,
         is_cancelling=status.is_cancelling,
@@ -86,7 +96,7 @@ def view(runs: Path, job: Job, status: Status) -> JobView:
         created=str(_utc(job.created)),
         started=_utc(status.started),
         ended=_utc(status.ended),
-        progress=read_progress(folder),
+        progress=progress,
     )
 
 
@@ -165,7 +175,7 @@ async def events(queue: Queue, job_id: str, cursor: str | None) -> AsyncIterator
     shown = ""
     while True:
         job, status = await asyncio.to_thread(find, queue, job_id)
-        own = await asyncio.to_thread(view, queue.runs, job, status)
+        own = await asyncio.to_thread(view, queue, job, status)
         if (now := own.model_dump_json()) != shown:
             shown = now
             yield _event("job", now, step, metrics, log)
@@ -190,15 +200,14 @@ def _event(kind: str, data: str, *seen: int) -> str:
     return f"id: {'.'.join(map(str, seen))}\nevent: {kind}\ndata: {data}\n\n"
 
 
-def as_table(rows: list[tuple[Job, Status]], runs: Path) -> str:
+def as_table(views: list[JobView]) -> str:
     """Jobs as lines of text, for a terminal."""
     lines = [("job", "run", "recipe", "state", "attempt", "progress", "reason")]
-    for job, status in rows:
-        own = read_progress(JobFolder(runs, job.run, job.id))
-        bar = "" if own is None else f"{own.what} {own.done:g}/{own.total:g}, {own.left} left"
-        text = bar if status.state == "running" else ""
-        reason = " ".join(status.reason.split())[:80]
-        words = (job.id, job.run, job.recipe, status.state, str(status.attempt), text, reason)
+    for own in views:
+        bar = own.progress if own.state == "running" else None
+        text = "" if bar is None else f"{bar.what} {bar.done:g}/{bar.total:g}, {bar.left} left"
+        reason = own.waits or " ".join(own.reason.split())[:80]
+        words = (own.id, own.run, own.recipe, own.state, str(own.attempt), text, reason)
         lines.append(tuple(map(visible, words)))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "".join(

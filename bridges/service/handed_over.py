@@ -36,7 +36,10 @@ class OneJob:
         job, status = self.folder.read()
         if status.state in ENDED:
             return None
-        status = replace(status, state="running", attempt=status.attempt + 1, started=time.time())
+        status = replace(
+            status, state="running", attempt=status.attempt + 1, started=time.time(),
+            is_cancelling=self.folder.cancel.exists(),
+        )  # fmt: skip
         self.folder.write_status(status)
         return Lease(job, status, owner)
 
@@ -44,9 +47,7 @@ class OneJob:
         return replace(lease.status, is_cancelling=self.folder.cancel.exists())
 
     def write(self, lease: Lease, **changes: Any) -> Lease:
-        status = replace(lease.status, **changes)
-        if status.state in ENDED:
-            status = replace(status, ended=time.time())
+        status = replace(lease.status, is_cancelling=self.folder.cancel.exists()).after(**changes)
         self.folder.write_status(status)
         return replace(lease, status=status)
 

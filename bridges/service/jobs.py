@@ -15,16 +15,19 @@ import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from extractor.artifacts import SCHEMA_VERSION, read_json, write_json
+from extractor.artifacts import SCHEMA_VERSION, read_json, remove_folder, write_json
 from extractor.errors import InputError, UsageError
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+TRACKERS = ("sparsebridge", "wandb", "trackio")
+"""Folders of a run in which every start makes new files: Accelerate's TensorBoard writes into the one of the
+project's name (`init_trackers` in recipes/train.py), the others into theirs where they are sent here."""
 RECIPES = ("quickstart", "train", "extract", "edit", "transfer", "compare", "audit")
 
 
@@ -93,6 +96,13 @@ class Status:
     started: float | None = None
     ended: float | None = None
 
+    def after(self, **changes: Any) -> "Status":
+        """With changes: what was asked to stop is not queued again, and what has ended is asked no longer."""
+        own = replace(self, **changes)
+        if own.is_cancelling and own.state == "queued":
+            own = replace(own, state="cancelled")
+        return replace(own, is_cancelling=False, ended=time.time()) if own.state in ENDED else own
+
 
 class JobFolder:
     """The files of one job."""
@@ -113,6 +123,12 @@ class JobFolder:
     def write_status(self, status: Status) -> None:
         write_json(self.path / "state.json", {"schema_version": SCHEMA_VERSION, **asdict(status)})
 
+    def remove(self) -> None:
+        """The request first: whatever a kill leaves of the rest is no job that is queued again."""
+        if self.path.is_dir():
+            (self.path / "job.json").unlink(missing_ok=True)
+            remove_folder(self.path)
+
     def read(self) -> tuple[Job, Status]:
         """Raises InputError where the files are damaged; a job without a state was never started."""
         try:
@@ -125,7 +141,7 @@ class JobFolder:
                 status = Status(**{name: value[name] for name in Status.__dataclass_fields__})
             if status.state not in get_args(State):
                 raise ValueError(f"state {status.state!r}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"job '{self.path.name}' is damaged ({error})") from None
         return job, status
 
@@ -158,12 +174,12 @@ def job_folders(runs: Path) -> Iterator[JobFolder]:
 
 
 def names_digest(run: Path) -> str:
-    """Digest of the names of all files of a run but those of its jobs: a new checkpoint, circuit or edit
-    changes it, a crash that repeats itself does not."""
+    """Digest of the names of all files of a run but those of its jobs and trackers: a new checkpoint, circuit
+    or edit changes it, a crash that repeats itself does not."""
     below = (path.relative_to(run) for path in run.rglob("*"))
     names = sorted(
         path.as_posix()
         for path in below
-        if path.parts[0] != "jobs" and not any(part.startswith(".") for part in path.parts)
+        if path.parts[0] not in ("jobs", *TRACKERS) and not any(part.startswith(".") for part in path.parts)
     )
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

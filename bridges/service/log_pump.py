@@ -37,7 +37,8 @@ def parse_bar(text: str) -> dict[str, Any] | None:
 
 
 class LogPump(threading.Thread):
-    """Reads a pipe until it ends; with it the log is complete."""
+    """Reads a pipe until it ends; with it the log is complete. What the disk does not take is dropped: a job
+    whose pipe nobody reads would wait for ever."""
 
     def __init__(self, pipe: IO[bytes], log: Path, progress: Path, redactor: Redactor):
         super().__init__(daemon=True)
@@ -46,29 +47,38 @@ class LogPump(threading.Thread):
         self.last_line = ""
         """The last words: why a job failed that left no reason of its own."""
         self._shown = 0.0
+        self._file: IO[bytes] | None = None
 
     def run(self) -> None:
         pending = b""
-        with self.log.open("ab", buffering=0) as log, contextlib.suppress(ValueError, OSError):
+        try:
             while chunk := self.pipe.read1(1 << 16):
                 *whole, pending = (pending + self.stream.feed(chunk)).split(b"\n")
                 for line in whole:
-                    self._line(line, log)
+                    self._line(line)
                 shown = pending.split(b"\r")[-2:]  # the last may be half a bar
                 self._bar(shown)
                 pending = b"\r".join(shown)
                 if len(pending) > LONGEST:
-                    self._line(pending, log)
+                    self._line(pending)
                     pending = b""
             for line in filter(None, (pending + self.stream.flush()).split(b"\n")):
-                self._line(line, log)
+                self._line(line)
+        except (ValueError, OSError):  # the pipe was closed
+            return
+        finally:
+            if self._file is not None:
+                self._file.close()
 
-    def _line(self, line: bytes, log: IO[bytes]) -> None:
+    def _line(self, line: bytes) -> None:
         shown = line.rstrip(b"\r").split(b"\r")[-2:]
         self._bar(shown, is_last=True)
         # What follows the last carriage return is what a terminal would show.
         text = shown[-1].decode("utf-8", "replace")
-        log.write(text.encode() + b"\n")
+        with contextlib.suppress(OSError):
+            if self._file is None:
+                self._file = self.log.open("ab", buffering=0)
+            self._file.write(text.encode() + b"\n")
         if text.strip():
             self.last_line = text.strip()[-500:]
 
@@ -76,7 +86,8 @@ class LogPump(threading.Thread):
         now = time.monotonic()
         if not is_last and now - self._shown < EVERY:
             return
-        bars = (parse_bar(text.decode("utf-8", "replace")) for text in reversed(shown))
-        if (found := next(filter(None, bars), None)) is not None:
-            self._shown = now
-            write_json(self.progress, found)
+        with contextlib.suppress(OSError, ValueError):  # no room; a bar of numbers that are none
+            bars = (parse_bar(text.decode("utf-8", "replace")) for text in reversed(shown))
+            if (found := next(filter(None, bars), None)) is not None:
+                self._shown = now
+                write_json(self.progress, found)

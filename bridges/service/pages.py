@@ -43,9 +43,9 @@ def add_pages(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
         elsewhere = [] if before else handed_over(runs, ask=False)[:SHOWN]
         return page(
             "index",
-            jobs=[follow.view(runs, job, status) for _, job, status in found],
+            jobs=[follow.view(queue, job, status) for _, job, status in found],
             older=found[-1][0] if len(found) == SHOWN else None,
-            elsewhere=[follow.view(runs, *own) for own in elsewhere],
+            elsewhere=[follow.view(queue, *own) for own in elsewhere],
             total=queue.count(),
             has_worker=OneWorker(runs).is_held,
             no_worker=follow.NO_WORKER,
@@ -56,7 +56,7 @@ def add_pages(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
 
     @app.get("/jobs/{job_id}", include_in_schema=False)
     def job(job_id: str) -> HTMLResponse:
-        return page("job", job=follow.view(runs, *follow.find(queue, job_id)))
+        return page("job", job=follow.view(queue, *follow.find(queue, job_id)))
 
     @app.get("/runs/{run}", include_in_schema=False)
     def run(run: str) -> HTMLResponse:

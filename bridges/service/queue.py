@@ -6,6 +6,7 @@ worked on by one job at a time, in the order of their submission. For one machin
 network file system, and a lease that ran out is taken over only on the host that held it.
 """
 
+import errno
 import fcntl
 import os
 import socket
@@ -13,37 +14,28 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bridges.service.jobs import ENDED, Job, JobFolder, State, Status, job_folders
+from bridges.service.jobs import Job, JobFolder, State, Status, job_folders
 from extractor.errors import InputError, MachineError, UsageError
 
 FILE = ".sparsebridge.sqlite"
 PATIENCE = 30.0  # seconds to wait for another process's write
+SILENCE = 60.0  # seconds after its lease until a worker is said to be gone
+NO_JOB_S_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
-    run TEXT NOT NULL,
-    recipe TEXT NOT NULL,
-    arguments TEXT NOT NULL,
-    created REAL NOT NULL,
-    idempotency_key TEXT,
+    run TEXT NOT NULL, recipe TEXT NOT NULL, arguments TEXT NOT NULL,
+    created REAL NOT NULL, idempotency_key TEXT,
     state TEXT NOT NULL CHECK (state IN ('queued', 'running', 'done', 'failed', 'cancelled')),
-    attempt INTEGER NOT NULL,
-    fruitless INTEGER NOT NULL,
-    progress TEXT NOT NULL,
-    is_cancelling INTEGER NOT NULL,
-    exit_code INTEGER,
-    reason TEXT NOT NULL,
-    started REAL,
-    ended REAL,
-    owner TEXT,
-    host TEXT,
-    lease_until REAL
+    attempt INTEGER NOT NULL, fruitless INTEGER NOT NULL, progress TEXT NOT NULL,
+    is_cancelling INTEGER NOT NULL, exit_code INTEGER, reason TEXT NOT NULL, started REAL, ended REAL,
+    owner TEXT, host TEXT, lease_until REAL
 );
 CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, run, number);
 """
@@ -82,8 +74,7 @@ class Queue:
     """
 
     def __init__(self, runs: Path):
-        self.runs, self.path = runs, runs / FILE
-        self._lock = threading.RLock()
+        self.runs, self.path, self._lock = runs, runs / FILE, threading.RLock()
         self._open()
 
     def _open(self) -> None:
@@ -144,18 +135,27 @@ class Queue:
         """Queue a job; one whose idempotency key is known is returned as it is.
 
         Raises:
-            UsageError: the key is known with another request.
+            UsageError: the key is known with another request, or to another engine.
         """
         with self._transaction() as db:
             row = db.execute("SELECT * FROM jobs WHERE id = ?", (job.id,)).fetchone()
             if row is not None:
-                known = _job(row)
-                if known.wanted != job.wanted:
-                    raise UsageError("this idempotency key was used for another request; take a new one")
-                return known
+                if _job(row).wanted != job.wanted:
+                    raise _taken(job, "it was used for another request")
+                return _job(row)
+            if any(self.runs.glob(f"*/jobs/{job.id}/engine.json")):
+                raise _taken(job, "another engine has its job")
             JobFolder(self.runs, job.run, job.id).write_job(job)
             _insert(db, job, Status())
         return job
+
+    @contextmanager
+    def without(self, job: Job) -> Iterator[None]:
+        """For an engine that takes a job: meanwhile it is not queued here. Raises UsageError where it was."""
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM jobs WHERE id = ?", (job.id,)).fetchone():
+                raise _taken(job, "its job is in this machine's queue")
+            yield
 
     def cancel(self, job_id: str) -> Status:
         """A queued job ends at once; a running one is asked to write a checkpoint and stop."""
@@ -163,11 +163,10 @@ class Queue:
             row = _existing(db, job_id)
             status = _status(row)
             if status.state == "queued":
-                status = replace(status, state="cancelled", reason="cancelled", ended=time.time())
+                status = status.after(state="cancelled", reason="cancelled")
             elif status.state == "running":
                 status = replace(status, is_cancelling=True)
-            _update(db, row["number"], status)
-            self._write(_job(row), status)
+            self._write(db, row["number"], _job(row), status)
         return status
 
     def get(self, job_id: str) -> tuple[Job, Status]:
@@ -175,6 +174,15 @@ class Queue:
         with self._reading() as db:
             row = _existing(db, job_id)
         return _job(row), _status(row)
+
+    def lost_to(self, job_id: str) -> str | None:
+        """The host of a running job's worker that has been silent for long, and may never come back."""
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT host FROM jobs WHERE id = ? AND state = 'running' AND lease_until < ?",
+                (job_id, time.time() - SILENCE),
+            ).fetchone()
+        return row and row["host"]
 
     def page(
         self,
@@ -205,29 +213,37 @@ class Queue:
     def claim(self, owner: str, seconds: float) -> Lease | None:
         """The oldest job that may run: queued, or running under a lease of this host that ran out; and the
         first that has not ended of its run."""
-        now = time.time()
         with self._transaction() as db:
-            row = db.execute(
-                """SELECT * FROM jobs AS own
-                WHERE (state = 'queued' OR (state = 'running' AND lease_until < ? AND host = ?))
-                AND NOT EXISTS (SELECT 1 FROM jobs AS first WHERE first.run = own.run
-                    AND first.number < own.number AND first.state IN ('queued', 'running'))
-                ORDER BY number LIMIT 1""",
-                (now, socket.gethostname()),
-            ).fetchone()
-            if row is None:
-                return None
-            job, status = _job(row), _status(row)
-            status = replace(status, state="running", attempt=status.attempt + 1, started=now)
+            while True:
+                now = time.time()
+                row = db.execute(
+                    """SELECT * FROM jobs AS own
+                    WHERE (state = 'queued' OR (state = 'running' AND lease_until < ? AND host = ?))
+                    AND NOT EXISTS (SELECT 1 FROM jobs AS first WHERE first.run = own.run
+                        AND first.number < own.number AND first.state IN ('queued', 'running'))
+                    ORDER BY number LIMIT 1""",
+                    (now, socket.gethostname()),
+                ).fetchone()
+                if row is None:
+                    return None
+                job, status = _job(row), _status(row)
+                status = replace(status, state="running", attempt=status.attempt + 1, started=now)
+                folder = JobFolder(self.runs, job.run, job.id)
+                try:
+                    if not (folder.path / "job.json").is_file():
+                        folder.write_job(job)
+                    folder.write_status(status)
+                    break
+                except OSError as error:
+                    if error.errno in NO_JOB_S_FAULT:
+                        raise
+                    reason = f"its run folder cannot be written ({error.strerror})"
+                    _update(db, row["number"], status.after(state="failed", reason=reason))
             db.execute(
                 "UPDATE jobs SET owner = ?, host = ?, lease_until = ? WHERE number = ?",
                 (owner, socket.gethostname(), now + seconds, row["number"]),
             )
             _update(db, row["number"], status)
-            folder = JobFolder(self.runs, job.run, job.id)
-            if not (folder.path / "job.json").is_file():
-                folder.write_job(job)
-            folder.write_status(status)
         return Lease(job, status, owner)
 
     def renew(self, lease: Lease, seconds: float) -> Status | None:
@@ -246,44 +262,44 @@ class Queue:
             row = _held(db, lease)
             if row is None:
                 return None
-            status = replace(_status(row), **changes)
-            if status.state in ENDED:
-                status = replace(status, ended=time.time(), is_cancelling=False)
-            _update(db, row["number"], status)
-            self._write(lease.job, status)
+            status = _status(row).after(**changes)
+            self._write(db, row["number"], lease.job, status)
         return replace(lease, status=status)
 
-    def _write(self, job: Job, status: Status) -> None:
-        JobFolder(self.runs, job.run, job.id).write_status(status)
+    def _write(self, db: sqlite3.Connection, number: int, job: Job, status: Status) -> None:
+        """The index decides: where the file cannot be written, the queue goes on."""
+        _update(db, number, status)
+        with suppress(OSError):
+            JobFolder(self.runs, job.run, job.id).write_status(status)
 
     # --- from files --------------------------------------------------------------------------------------
 
-    def adopt(self) -> tuple[int, list[str]]:
-        """Take in every job of the run folders that the index has not, but for those that another engine has:
-        the number, and what is damaged.
+    def adopt(self, *, anew: bool = False) -> list[str]:
+        """Take in every job of the run folders that the index has not, but for those that another engine has;
+        what is damaged is returned. `anew`: first drop every job that no worker holds.
 
         A job that was running is queued again: its lease is not known, its command goes on where it stopped.
         """
-        found, damaged = [], []
-        for folder in job_folders(self.runs):
-            if folder.engine.exists():
-                continue
-            try:
-                found.append(folder.read())
-            except InputError as error:
-                damaged.append(str(error))
+        found, damaged, ended = [], [], {}
+        # In one transaction: nobody misses a job meanwhile, nor writes a state behind what was read.
         with self._transaction() as db:
+            if anew:
+                # Of these the index has the last word: a file may not have taken it.
+                rows = db.execute("SELECT * FROM jobs WHERE ended IS NOT NULL")
+                ended = {row["id"]: _status(row) for row in rows}
+                db.execute("DELETE FROM jobs WHERE state != 'running' OR lease_until < ?", (time.time(),))
             known = {row["id"] for row in db.execute("SELECT id FROM jobs")}
-            new = [(job, status) for job, status in found if job.id not in known]
-            for job, status in sorted(new, key=lambda own: (own[0].created, own[0].id)):
-                again = status.state == "running"
-                _insert(db, job, replace(status, state="queued") if again else status)
-        return len(new), damaged
-
-    def forget(self) -> None:
-        """Drop every job that no worker holds."""
-        with self._transaction() as db:
-            db.execute("DELETE FROM jobs WHERE NOT (state = 'running' AND lease_until >= ?)", (time.time(),))
+            for folder in job_folders(self.runs):
+                try:
+                    if not folder.engine.exists():
+                        found.append(folder.read())
+                except InputError as error:
+                    damaged.append(str(error))
+            for job, status in sorted(found, key=lambda own: (own[0].created, own[0].id)):
+                if job.id not in known:
+                    status = status.after(state="queued") if status.state == "running" else status
+                    _insert(db, job, ended.get(job.id, status))
+        return damaged
 
     def count(self) -> int:
         with self._reading() as db:
@@ -305,7 +321,7 @@ def reindex(runs: Path) -> tuple[int, list[str]]:
         raise InputError(f"no folder of runs at '{runs}'")
     try:
         queue = Queue(runs)
-        queue.forget()
+        damaged = queue.adopt(anew=True)
     except IndexBusy:
         raise
     except MachineError:
@@ -313,10 +329,9 @@ def reindex(runs: Path) -> tuple[int, list[str]]:
             if (own := path.with_name(path.name + end)).exists():
                 os.replace(own, own.with_name(f"{own.name}.damaged"))
         queue = Queue(runs)
-    _, damaged = queue.adopt()
-    count = queue.count()
-    queue.close()
-    return count, damaged
+        damaged = queue.adopt()
+    with closing(queue):
+        return queue.count(), damaged
 
 
 @contextmanager
@@ -342,6 +357,10 @@ def _told(path: Path) -> Iterator[None]:
         raise MachineError(
             f"the index '{path}' is damaged ({error}); `sparsebridge reindex` makes it again"
         ) from None
+
+
+def _taken(job: Job, why: str) -> UsageError:
+    return UsageError(f"idempotency key {job.idempotency_key!r}: {why}; take a new one")
 
 
 def _insert(db: sqlite3.Connection, job: Job, status: Status) -> None:

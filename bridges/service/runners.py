@@ -12,10 +12,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -25,6 +24,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field, ValidationError
 
 from bridges.service.jobs import ENDED, Job, JobFolder, State, Status
+from bridges.service.queue import Queue
 from extractor.artifacts import SCHEMA_VERSION, read_json, write_json, write_text
 from extractor.config import Config
 from extractor.errors import InputError, MachineError, UsageError
@@ -99,11 +99,13 @@ class _Engine(ABC):
         return shlex.join([sys.executable, *words, "--handed_over", f"{job.run}/{job.id}"])
 
     def submit(self, job: Job) -> str:
+        """Raises UsageError where the job is in this machine's queue."""
         if self.folder(job).engine.is_file():
             return self.id_of(job)
         script = self.render(job)  # refuses before anything is written
         # The mark stands before the job: whatever stops this from here on, no worker here takes it.
-        self._mark(job, None)
+        with closing(Queue(self.runs)) as queue, queue.without(job):
+            self._mark(job, None)
         self.folder(job).write_job(job)
         try:
             engine_id = self.send(job, script)
@@ -121,7 +123,7 @@ class _Engine(ABC):
 
     def _remove_folder(self, job: Job) -> None:
         folder = self.folder(job).path
-        shutil.rmtree(folder)
+        self.folder(job).remove()
         with suppress(OSError):  # there is more in them
             folder.parent.rmdir()
             folder.parent.parent.rmdir()
@@ -146,8 +148,7 @@ class _Engine(ABC):
         if self.poll(job)[0] == "queued":
             self.remove(engine_id)
             _, status = self.folder(job).read()
-            ended = replace(status, state="cancelled", reason="cancelled", ended=time.time())
-            self.folder(job).write_status(ended)
+            self.folder(job).write_status(status.after(state="cancelled", reason="cancelled"))
 
     def id_of(self, job: Job) -> str:
         """Raises InputError where the job was not handed to this engine, or perhaps was not."""

@@ -3,7 +3,8 @@
 killed (SIGKILL)       its lease runs out; the next worker ends what is left and goes on from the checkpoint
 stopped (SIGTERM, ^C)  the job writes a checkpoint and is queued again
 job cancelled          the same, and it ends as `cancelled`
-job crashed            it is tried again; after `attempts` in a row without anything new it ends as `failed`
+job crashed            it is tried again; after `attempts` in a row without anything new, or `max_attempts` at
+                       all, it ends as `failed`
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from extractor.config import Config
 
 MISTAKES = (2, 3, 4, 5)  # exit codes of a recipe that the same command would end in again
 RESUMABLE = (75, 130, BUSY)
+CANCELLED = "cancelled while it ran; submitted again, it goes on"
 
 
 class WorkerConfig(Config):
@@ -41,6 +43,8 @@ class WorkerConfig(Config):
     """What starts a recipe's file: `accelerate launch`, or another with its options."""
     attempts: int = Field(3, ge=1)
     """In a row without anything new in the run folder, after which a job has failed."""
+    max_attempts: int = Field(1000, ge=1)
+    """At all, after which a job has failed however far each of them came."""
 
 
 class Worker:
@@ -69,6 +73,9 @@ class Worker:
         if not processes.kill(lease.job.id, range(lease.attempt)):
             self._end(lease, "queued", "processes of an earlier attempt could not be ended", counts=False)
             return
+        if lease.status.is_cancelling:  # its worker was killed before it could see that
+            self._end(lease, "cancelled", CANCELLED)
+            return
         begun = self._begin(lease, folder)
         if begun is None:
             return
@@ -83,12 +90,14 @@ class Worker:
             outcome=folder.outcome.resolve(),
         )
         pump = LogPump(process.stdout, folder.log, folder.progress, self.redactor)
-        pump.start()
-        state = self._watch(begun, process)
-        # By attempt: where the lease is lost, another worker may have started the next one.
-        processes.kill(job.id, range(begun.attempt, begun.attempt + 1))
-        process.wait()
-        pump.join(timeout=5)
+        try:
+            pump.start()
+            state = self._watch(begun, process)
+        finally:  # an index that cannot be written, too, must not leave them to work beside the next attempt
+            # By attempt: where the lease is lost, another worker may have started the next one.
+            processes.kill(job.id, range(begun.attempt, begun.attempt + 1))
+            process.wait()
+            pump.join(timeout=5)
         folder.redact_outcome(self.redactor.redact)
         if state is not None:
             self._conclude(begun, folder, state, process.returncode, pump.last_line)
@@ -98,10 +107,15 @@ class Worker:
         digest = names_digest(self.queue.runs / lease.job.run)
         is_new = digest != lease.status.progress
         fruitless = 0 if is_new else lease.status.fruitless + 1
+        too_many = ""
         if fruitless >= self.config.attempts:
+            too_many = f"{fruitless} attempts in a row came to nothing"
+        elif lease.attempt > self.config.max_attempts:
+            too_many = f"{self.config.max_attempts} attempts did not end it; submitted again, it goes on"
+        if too_many:
             _, why = folder.read_outcome()
             last = why or lease.status.reason or "it took its worker with it"
-            self._end(lease, "failed", f"{fruitless} attempts in a row came to nothing: {last}")
+            self._end(lease, "failed", f"{too_many}: {last}")
             return None
         return self.queue.write(lease, progress=digest, fruitless=fruitless, reason="", exit_code=None)
 
@@ -136,7 +150,7 @@ class Worker:
         if code == 0:  # also where it was done just before it was stopped
             self._end(lease, "done", "", code=0)
         elif state == "cancelled":
-            self._end(lease, "cancelled", "cancelled while it ran; submitted again, it goes on", code=told)
+            self._end(lease, "cancelled", CANCELLED, code=told)
         elif state == "queued":
             self._end(lease, "queued", "its worker was stopped", counts=False)
         elif told in MISTAKES:

@@ -1,6 +1,9 @@
 """The index of jobs: claims, leases, fences, the order within a run, and its making again from files."""
 
+import errno
+import json
 import multiprocessing
+import shutil
 import sqlite3
 import time
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bridges.cli import main
+from bridges.service.follow import view
 from bridges.service.jobs import Job, JobFolder
 from bridges.service.queue import FILE, Queue, reindex
 from extractor.errors import InputError, MachineError, UsageError
@@ -116,6 +120,81 @@ def test_an_unknown_job_a_bad_name_and_a_bad_recipe_are_refused(queue: Queue) ->
         Job.new("run", "rm")
 
 
+def replace_by_a_file(run: Path) -> None:
+    shutil.rmtree(run, ignore_errors=True)
+    run.write_text("no folder")
+
+
+def test_a_job_whose_folder_cannot_be_written_fails_and_the_next_is_claimed(queue: Queue) -> None:
+    bad, good, waiting = (queue.submit(Job.new(name, "train")) for name in ("bad", "good", "waiting"))
+    for run in ("bad", "waiting"):
+        replace_by_a_file(queue.runs / run)
+    assert queue.cancel(waiting.id).state == "cancelled"
+    lease = queue.claim("me", LONG)
+    assert lease.job == good
+    status = queue.get(bad.id)[1]
+    assert (status.state, status.ended is None) == ("failed", False)
+    assert status.reason.startswith("its run folder cannot be written (")
+    replace_by_a_file(queue.runs / "good")
+    assert queue.write(lease, state="done").status.ended
+    assert queue.get(good.id)[1].state == "done"
+    assert queue.claim("me", LONG) is None
+
+
+def test_a_full_disk_is_no_job_s_fault(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = queue.submit(Job.new("run", "train"))
+    with monkeypatch.context() as patch:
+        patch.setattr("bridges.service.jobs.write_json", full)
+        with pytest.raises(MachineError, match="No space left"):
+            queue.claim("me", LONG)
+    assert queue.claim("me", LONG).job == job
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_is_asked_to_stop_is_not_queued_again(queue: Queue) -> None:
+    """Its process ended before its worker saw the flag."""
+    job = queue.submit(Job.new("run", "train"))
+    lease = queue.claim("me", LONG)
+    queue.cancel(job.id)
+    queue.write(lease, state="queued", reason="it ended with code 1")
+    for _ in range(2):
+        status = queue.cancel(job.id)
+        assert (status.state, status.is_cancelling) == ("cancelled", False)
+    assert status.reason == "it ended with code 1"
+    assert JobFolder(queue.runs, "run", job.id).read()[1] == status
+
+
+def test_a_worker_that_is_gone_is_named_and_reindex_queues_its_job_again(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    job = queue.submit(Job.new("run", "train"))
+    with monkeypatch.context() as patch:
+        patch.setattr("bridges.service.queue.socket.gethostname", lambda: "old-name")
+        queue.claim("me", -50)  # as if its lease had run out 50 seconds ago
+        assert view(queue, *queue.get(job.id)).waits == ""
+        monkeypatch.setattr("bridges.service.queue.SILENCE", 40)
+    told = "its worker (on old-name) is gone: start `sparsebridge worker` there, or `sparsebridge reindex`"
+    assert told in view(queue, *queue.get(job.id)).waits
+    main(["jobs", "--runs", str(queue.runs)])
+    assert told in capsys.readouterr().out
+    assert queue.claim("me", LONG) is None
+    assert reindex(queue.runs) == (1, [])
+    assert queue.claim("me", LONG).attempt == 2
+
+
+def test_only_a_job_that_runs_has_time_left(queue: Queue) -> None:
+    job = queue.submit(Job.new("run", "train"))
+    lease = queue.claim("me", LONG)
+    bar = {"what": "train", "done": 1, "total": 9, "elapsed": "00:01", "left": "00:08", "values": {}}
+    JobFolder(queue.runs, "run", job.id).progress.write_text(json.dumps(bar))
+    assert view(queue, *queue.get(job.id)).progress.left == "00:08"
+    queue.write(lease, state="failed")
+    assert view(queue, *queue.get(job.id)).progress.model_dump() == bar | {"left": ""}
+
+
 # --- files are the truth ---------------------------------------------------------------------------------
 
 
@@ -213,6 +292,27 @@ def test_reindex_leaves_a_held_job_with_its_worker(queue: Queue) -> None:
     lease = queue.claim("me", LONG)
     assert reindex(queue.runs) == (1, [])
     assert queue.renew(lease, LONG).state == "running"
+
+
+def test_a_done_job_is_there_while_the_index_is_made_again(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks in between finds it, and its key starts nothing."""
+    job = queue.submit(Job.new("run", "train", (), "key"))
+    queue.write(queue.claim("me", LONG), state="done")
+    other, seen = Queue(queue.runs), []
+    read = JobFolder.read
+    monkeypatch.setattr(JobFolder, "read", lambda own: seen.append(other.get(job.id)[1].state) or read(own))
+    assert reindex(queue.runs) == (1, [])
+    assert seen == ["done"]
+
+
+def test_an_end_that_no_file_could_take_is_kept_when_the_index_is_made_again(queue: Queue) -> None:
+    job = queue.submit(Job.new("run", "train"))
+    (JobFolder(queue.runs, "run", job.id).path / "state.json").mkdir()  # nothing can be put in its place
+    assert queue.cancel(job.id).state == "cancelled"
+    assert reindex(queue.runs) == (1, [])
+    assert queue.get(job.id)[1].state == "cancelled"
 
 
 # --- races -----------------------------------------------------------------------------------------------

@@ -166,6 +166,43 @@ def test_a_job_is_handed_over_once_and_no_worker_here_takes_it(home: Path) -> No
     assert JobFolder(home / "runs", "mine", job.id).read()[0] == job
 
 
+def test_one_key_is_run_at_one_place(home: Path) -> None:
+    queue, engine = Queue(home / "runs"), SlurmRunner(home / "runs", home)
+    here, there = (Job.new("mine", "train", ["--run", "runs/mine"], key) for key in ("here", "there"))
+    queue.submit(here)
+    with pytest.raises(UsageError, match=r"key 'here': its job is in this machine's queue; take a new one"):
+        engine.submit(here)
+    assert calls(home) == []
+    engine.submit(there)
+    with pytest.raises(UsageError, match=r"key 'there': another engine has its job; take a new one"):
+        queue.submit(there)
+    assert reindex(home / "runs") == (1, [])
+    assert queue.claim("me", 60).job == here
+
+
+def test_gc_removes_jobs_that_ended_elsewhere_and_asks_nobody(home: Path) -> None:
+    engine = SlurmRunner(home / "runs", home)
+    ended, waiting = job_of(), Job.new("other", "train", ["--run", "runs/other"])
+    for job in (ended, waiting):
+        engine.submit(job)
+    engine.folder(ended).write_status(Status(state="done", ended=time.time()))
+    before = calls(home)
+    main(["gc", "--days", "-1", "--runs", str(home / "runs")])
+    assert [job for job, _ in handed_over(home / "runs", ask=False)] == [waiting]
+    assert not engine.folder(ended).path.exists()
+    assert calls(home) == before
+
+
+def test_a_job_that_is_cancelled_before_its_engine_starts_it_again_is_not_started(home: Path) -> None:
+    job, engine = job_of(), SlurmRunner(home / "runs", home)
+    engine.submit(job)
+    engine.folder(job).cancel.touch()
+    assert run_script(home, engine.render(job)).wait(timeout=60) == 0
+    status = engine.folder(job).read()[1]
+    assert (status.state, status.is_cancelling) == ("cancelled", False)
+    assert not (home / "runs" / "mine" / "seen.json").exists()
+
+
 def test_options_and_paths_that_would_break_out_of_a_line_are_refused(home: Path) -> None:
     for option in ("partition=a b", "partition=x\n#SBATCH --uid=0", "time=1;2", "memory=1X", "nonsense=1"):
         with pytest.raises(UsageError, match="option"):

@@ -15,11 +15,13 @@ import psutil
 import pytest
 
 from bridges.service.jobs import Job, JobFolder, Status
-from bridges.service.log_pump import parse_bar
-from bridges.service.processes import MARK
+from bridges.service.log_pump import LogPump, parse_bar
+from bridges.service.processes import MARK, processes_of
 from bridges.service.queue import Queue
+from bridges.service.redact import Redactor
 from bridges.service.serve import OneWorker, WorkerKeeper
 from bridges.service.worker import Worker, WorkerConfig
+from extractor.errors import MachineError
 from tests.conftest import ROOT
 
 RECIPE = """
@@ -48,6 +50,11 @@ elif mode == "kill_parent":
     time.sleep(60)
 elif mode == "progress":  # crashes each time, but gets further
     (run / f"step-{attempt}").touch()
+    if attempt < 6:
+        os._exit(9)
+elif mode == "tracked":  # a crash, but a tracker begins a new file at each start
+    (run / "sparsebridge").mkdir(exist_ok=True)
+    (run / "sparsebridge" / f"events.out.tfevents.{attempt}").touch()
     if attempt < 6:
         os._exit(9)
 elif mode == "stop":  # as training does: a checkpoint on SIGTERM
@@ -173,6 +180,44 @@ def test_attempts_that_get_further_are_not_counted(queue: Queue, home: Path) -> 
     assert attempts(home) == [1, 2, 3, 4, 5, 6]
 
 
+def test_attempts_that_get_further_for_ever_end_at_the_cap(queue: Queue, home: Path) -> None:
+    job = submit(queue, "progress")
+    work(queue, home, max_attempts=3)
+    assert ended(queue, job).state == "failed"
+    assert ended(queue, job).reason.startswith("3 attempts did not end it; submitted again, it goes on: ")
+    assert attempts(home) == [1, 2, 3]
+
+
+def test_a_tracker_s_new_file_is_no_progress(queue: Queue, home: Path) -> None:
+    job = submit(queue, "tracked")
+    work(queue, home, attempts=2)
+    assert "2 attempts in a row came to nothing" in ended(queue, job).reason
+    assert len(attempts(home)) <= 3
+
+
+def test_a_job_that_was_cancelled_as_its_worker_died_is_not_started(queue: Queue, home: Path) -> None:
+    job = submit(queue, "fine")
+    queue.claim("nobody", 0.0)
+    queue.cancel(job.id)
+    work(queue, home)
+    status = ended(queue, job)
+    assert (status.state, status.is_cancelling) == ("cancelled", False)
+    assert not (home / "runs" / "run" / "attempts.txt").exists()
+
+
+def test_a_worker_that_fails_leaves_no_process_behind(queue: Queue, home: Path, monkeypatch) -> None:
+    job = submit(queue, "deaf")
+
+    def renew(*_: object) -> None:
+        wait_for((home / "runs" / "run" / "started").exists)
+        raise MachineError("another process holds the index")
+
+    monkeypatch.setattr(queue, "renew", renew)
+    with pytest.raises(MachineError, match="holds the index"):
+        work(queue, home, lease=1.0)
+    assert not processes_of(job.id, range(9))
+
+
 def test_a_job_that_kills_its_worker_fails_after_its_attempts(queue: Queue, home: Path) -> None:
     job = submit(queue, "kill_parent")
     for _ in range(8):
@@ -278,6 +323,23 @@ def test_a_worker_of_an_earlier_server_goes_on_and_is_named(tmp_path: Path, caps
     keeper.stop()
     assert f"`kill {os.getpid()}` ends it" in capsys.readouterr().err
     assert not OneWorker(tmp_path).take()
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "/nowhere/log.txt"])
+def test_a_log_that_cannot_be_written_does_not_stop_its_job(where: str, tmp_path: Path) -> None:
+    read, write = map(os.fdopen, os.pipe(), ("rb", "wb"))
+    pump = LogPump(read, Path(where), tmp_path, Redactor({}))
+    pump.start()
+    # The bar's file cannot be written either: it is a folder.
+    text = b"train: 10%|# | 1/10 [00:01<00:09]\n" + (b"x" * 99 + b"\n") * 2000
+    said = threading.Thread(target=lambda: (write.write(text), write.close()))
+    said.daemon = True
+    said.start()
+    pump.join(timeout=5)
+    assert not pump.is_alive()
+    assert pump.last_line == "x" * 99
+    said.join(timeout=5)
+    assert not said.is_alive()
 
 
 def test_progress_bars_become_numbers() -> None:

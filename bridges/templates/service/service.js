@@ -112,7 +112,7 @@
     const { what, done, total, left, values } = job.progress;
     byId("bar").value = job.state === "done" ? 1 : done / total;
     const shown = Object.entries(values).map(([key, value]) => `${key} ${value}`).join(", ");
-    byId("progress").textContent = visible(`${what} ${done} of ${total}, ${left} left${shown ? `; ${shown}` : ""}`);
+    byId("progress").textContent = visible(`${what} ${done} of ${total}${left ? `, ${left} left` : ""}${shown ? `; ${shown}` : ""}`);
   };
   const draw = (name, rows) => {
     const [width, height, pad] = [220, 90, 4];
