@@ -4,7 +4,7 @@ Who may ask is decided before any route runs (`bridges.service.guard`).
 """
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -177,13 +177,11 @@ def add_run_routes(app: FastAPI, runs: Path) -> None:
     @app.get("/api/v1/runs/{run}")
     def get_run(run: str) -> dict[str, Any]:
         """One run: what it holds, and its evaluation."""
-        folder = follow.run_folder(runs, run)
-        evaluation = folder / "evaluation.json"
-        return follow.summary(folder) | {
-            "evaluation": read_json(evaluation, "evaluation", "recipes/train.py")
-            if evaluation.is_file()
-            else None
-        }
+        found = follow.summary(follow.run_folder(runs, run)) | {"evaluation": None}
+        with suppress(Absent):
+            path = contained(runs, run, "evaluation.json")
+            found["evaluation"] = read_json(path, "evaluation", "recipes/train.py")
+        return found
 
     @app.get("/api/v1/runs/{run}/claims")
     def get_claims(run: str) -> list[dict[str, Any]]:

@@ -104,10 +104,15 @@ def _utc(seconds: float | None) -> str | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
+def _real(file: Path, depth: int) -> Path:
+    """The file itself, which lies `depth` below the runs. Raises Absent where it lies elsewhere."""
+    return contained(file.parents[depth - 1], *file.parts[-depth:])
+
+
 def read_progress(folder: JobFolder) -> Progress | None:
     try:
-        return Progress.model_validate_json(folder.progress.read_bytes())
-    except (OSError, ValueError):
+        return Progress.model_validate_json(_real(folder.progress, 4).read_bytes())
+    except (Absent, OSError, ValueError):
         return None
 
 
@@ -115,13 +120,13 @@ def metric_rows(run: Path, after: int, offset: int) -> tuple[list[dict[str, floa
     """Some rows of metrics.jsonl from a byte on, of later steps, each step once; and where to go on. A line
     that is being written waits."""
     try:
-        with (run / "metrics.jsonl").open("rb") as file:
+        with _real(run / "metrics.jsonl", 2).open("rb") as file:
             file.seek(max(0, offset - 1))
             if offset and file.read(1) != b"\n":  # resumed training wrote the file again: begin anew
                 offset = 0
             file.seek(offset)
             data = file.read(CHUNK)
-    except OSError:
+    except (Absent, OSError):
         return [], offset
     whole = data[: data.rfind(b"\n") + 1]
     rows = []
@@ -140,10 +145,10 @@ def metric_rows(run: Path, after: int, offset: int) -> tuple[list[dict[str, floa
 def read_log(folder: JobFolder, offset: int, limit: int = CHUNK) -> tuple[str, int]:
     """Whole lines of the log from a byte on, and where to go on."""
     try:
-        with folder.log.open("rb") as file:
+        with _real(folder.log, 4).open("rb") as file:
             file.seek(offset)
             data = file.read(limit)
-    except OSError:
+    except (Absent, OSError):
         return "", offset
     cut = data.rfind(b"\n") + 1 or (len(data) if len(data) == limit else 0)
     return data[:cut].decode("utf-8", "replace"), offset + cut

@@ -281,6 +281,41 @@ def test_what_is_absent_and_what_lies_elsewhere_answer_alike(server: Server) -> 
     assert 'href="/runs/link"' not in server.client.get("/").text
 
 
+def test_no_file_is_read_or_written_through_a_link_that_leads_elsewhere(server: Server) -> None:
+    outside = server.home / "outside"
+    (outside / "jobs").mkdir(parents=True)
+    (outside / "evaluation.json").write_text('{"of": "another"}')
+    (outside / "metrics.jsonl").write_text('{"step": 1, "ce": 0.5}\n')
+    (outside / "log.txt").write_text("another's log\n")
+    progress = {"what": "another", "done": 1, "total": 2, "elapsed": "", "left": "", "values": {}}
+    (outside / "progress.json").write_text(json.dumps(progress))
+    job = Job.new("leads", "train")
+    folder = JobFolder(server.runs, "leads", job.id)
+    folder.write_job(job)
+    folder.write_status(Status(state="done"))
+    for link in (folder.log, folder.progress, *(server.runs / "leads" / f"{name}" for name in
+                 ("evaluation.json", "metrics.jsonl"))):  # fmt: skip
+        link.symlink_to(outside / link.name)
+    (server.runs / "leads-out").symlink_to(outside)
+    (server.runs / "leads-within").mkdir()
+    (server.runs / "leads-within" / "jobs").symlink_to(outside / "jobs")
+    reindex(server.runs)
+    assert server.client.get("/api/v1/runs/leads").json()["evaluation"] is None
+    assert server.client.get(f"/api/v1/jobs/{job.id}").json()["progress"] is None
+    events = server.client.get(f"/api/v1/jobs/{job.id}/events").text
+    assert "event: end" in events
+    assert "event: log" not in events
+    assert "event: metrics" not in events
+    for name in ("leads-out", "leads-within"):
+        ask = {"recipe": "train", "config": "python", "run": name}
+        answer = server.client.post("/api/v1/jobs", json=ask)
+        assert answer.status_code == 400
+        assert f"run '{name}': its folder leads elsewhere" in answer.json()["error"]
+    for name in ("leads-out", "%2e%2e", "..%2foutside"):
+        assert server.client.post(f"/api/v1/runs/{name}/sessions", json={}).status_code == 404
+    assert list((outside / "jobs").iterdir()) == []
+
+
 def test_the_committed_openapi_file_is_what_the_code_says(server: Server) -> None:
     found = server.client.get("/api/v1/openapi.json").json()
     committed = json.loads((ROOT / "bridges" / "service" / "openapi.json").read_text())
