@@ -17,14 +17,14 @@ from bridges.service import circuit_files, follow, submit
 from bridges.service.follow import JobView
 from bridges.service.guard import Absent, contained
 from bridges.service.jobs import State
-from bridges.service.pages import add_pages, error_page
+from bridges.service.pages import PAGE, After, Before, add_pages, error_page
 from bridges.service.queue import NoSuchJob, Queue
+from bridges.service.runners import handed_over
 from bridges.service.session_routes import add_session_routes
 from bridges.service.sessions import Sessions
 from extractor.artifacts import read_json
 from extractor.errors import InputError, MachineError, UsageError
 
-PAGE = 50
 REPORT_POLICY = "sandbox allow-scripts; frame-ancestors 'none'"
 """The report brings its own policy; in a sandbox its script has no cookie and no way back to this server."""
 
@@ -40,10 +40,21 @@ class JobRequest(BaseModel):
 
 
 class JobPage(BaseModel):
-    """Jobs, newest first; `before` of the next page, if there is one."""
+    """Jobs, newest first; `before` of the next page, if there is one. The first page has beside them the
+    newest of those that other engines have, as their files say."""
 
     jobs: list[JobView]
     before: int | None
+    handed_over: list[JobView]
+    of_handed_over: int
+    """How many there are."""
+
+
+class RunPage(BaseModel):
+    """What run folders hold, by name; `after` of the next page, if there is one."""
+
+    runs: list[dict[str, Any]]
+    after: str | None
 
 
 def make_app(home: Path, runs: Path, sessions: Sessions) -> FastAPI:
@@ -138,13 +149,19 @@ def add_job_routes(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
     @app.get("/api/v1/jobs")
     def list_jobs(
         limit: Annotated[int, Query(ge=1, le=200)] = PAGE,
-        before: Annotated[int | None, Query(ge=1)] = None,
+        before: Before = None,
         state: State | None = None,
     ) -> JobPage:
         """Newest first, page by page."""
-        found = queue.page(limit=limit, before=before, states=(state,) if state else ())
-        views = [follow.view(runs, job, status) for _, job, status in found]
-        return JobPage(jobs=views, before=found[-1][0] if len(found) == limit else None)
+        found, older = follow.job_page(queue, limit, before, state)
+        others = [] if before else handed_over(runs, ask=False)
+        others = [own for own in others if state in (None, own[1].state)]
+        return JobPage(
+            jobs=follow.views(runs, found),
+            before=older,
+            handed_over=follow.views(runs, others[:limit]),
+            of_handed_over=len(others),
+        )
 
     @app.get("/api/v1/jobs/{job_id}")
     def get_job(job_id: str) -> JobView:
@@ -170,9 +187,13 @@ def add_job_routes(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
 
 def add_run_routes(app: FastAPI, runs: Path) -> None:
     @app.get("/api/v1/runs")
-    def list_runs() -> list[dict[str, Any]]:
-        """What every run folder holds."""
-        return [follow.summary(path) for path in follow.run_folders(runs)]
+    def list_runs(
+        limit: Annotated[int, Query(ge=1, le=200)] = PAGE,
+        after: After = "",
+    ) -> RunPage:
+        """By name, page by page."""
+        found, last = follow.run_page(runs, limit, after)
+        return RunPage(runs=[follow.summary(path) for path in found], after=last)
 
     @app.get("/api/v1/runs/{run}")
     def get_run(run: str) -> dict[str, Any]:

@@ -6,10 +6,12 @@ metrics, bytes of log), so that a reader who comes back goes on there. Nothing i
 
 import asyncio
 import json
+import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ from bridges.service.serve import OneWorker
 NO_WORKER = "no worker is running: start `sparsebridge worker`, or `sparsebridge serve` without --no_worker"
 EVERY = 0.5  # seconds between two looks at the files
 CHUNK = 1 << 16  # bytes of log or metrics in one event
+TAIL = 1 << 20  # bytes of log that a page begins with
+LOSSES = ("train", "quickstart")
+"""Recipes that write metrics.jsonl; in a job of another one it is an earlier training's."""
 PRINTED = re.compile(r"[^\n\t]+")
 CURSOR = re.compile(r"(\d{1,12})\.(\d{1,15})\.(\d{1,15})")
 
@@ -66,11 +71,19 @@ class JobView(BaseModel):
     progress: Progress | None
 
 
-def view(runs: Path, job: Job, status: Status) -> JobView:
-    """What the API says of a job; times are UTC."""
+def views(runs: Path, found: Iterable[tuple[Job, Status]]) -> list[JobView]:
+    """Of several jobs; whether a worker runs is looked up once."""
+    has_worker = OneWorker(runs).is_held
+    return [view(runs, job, status, has_worker) for job, status in found]
+
+
+def view(runs: Path, job: Job, status: Status, has_worker: bool | None = None) -> JobView:
+    """What the API says of a job; times are UTC. None: whether a worker runs is looked up."""
     folder = JobFolder(runs, job.run, job.id)
     engine = engine_name(folder) if folder.engine.is_file() else ""
-    is_stuck = status.state == "queued" and not engine and not OneWorker(runs).is_held
+    is_stuck = status.state == "queued" and not engine
+    if is_stuck:
+        is_stuck = not (OneWorker(runs).is_held if has_worker is None else has_worker)
     return JobView(
         id=job.id,
         run=job.run,
@@ -98,6 +111,15 @@ def find(queue: Queue, job_id: str) -> tuple[Job, Status]:
         for path in queue.runs.glob(f"*/jobs/{job_id}/engine.json") if is_id(job_id) else ():
             return JobFolder(queue.runs, path.parents[2].name, job_id).read()
         raise
+
+
+def job_page(
+    queue: Queue, limit: int, before: int | None = None, state: State | None = None
+) -> tuple[list[tuple[Job, Status]], int | None]:
+    """Jobs of the index, newest first; and before which number the next page begins, if there is one."""
+    found = queue.page(limit=limit + 1, before=before, states=(state,) if state else ())
+    older = found[limit - 1][0] if len(found) > limit else None
+    return [(job, status) for _, job, status in found[:limit]], older
 
 
 def _utc(seconds: float | None) -> str | None:
@@ -154,20 +176,32 @@ def read_log(folder: JobFolder, offset: int, limit: int = CHUNK) -> tuple[str, i
     return data[:cut].decode("utf-8", "replace"), offset + cut
 
 
+def tail_start(folder: JobFolder) -> int:
+    """Where the log's last TAIL bytes begin: at a line's start."""
+    try:
+        with _real(folder.log, 4).open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - TAIL)
+            file.seek(start)
+            return start + len(file.readline(CHUNK)) if start else 0
+    except (Absent, OSError):
+        return 0
+
+
 def for_terminal(text: str) -> str:
     """Lines of a log, with whatever a terminal would obey instead of show spelled out."""
     return PRINTED.sub(lambda found: visible(found[0]), text)
 
 
 async def events(queue: Queue, job_id: str, cursor: str | None) -> AsyncIterator[str]:
-    """Server-sent events of a job until it has ended: `job`, `metrics`, `log`, and at last `end`.
+    """Server-sent events of a job until it has ended: `job`, `metrics`, `log`, and at last `end`. A long log
+    begins near its end, and says so.
 
     Args:
         cursor: the id of the last event that was seen.
     """
     found = CURSOR.fullmatch(cursor or "")
     step, metrics, log = map(int, found.groups()) if found else (0, 0, 0)
-    shown = ""
+    shown, is_new = "", found is None
     while True:
         job, status = await asyncio.to_thread(find, queue, job_id)
         own = await asyncio.to_thread(view, queue.runs, job, status)
@@ -175,13 +209,18 @@ async def events(queue: Queue, job_id: str, cursor: str | None) -> AsyncIterator
             shown = now
             yield _event("job", now, step, metrics, log)
         before = -1
-        while before != metrics:
+        while job.recipe in LOSSES and before != metrics:
             before = metrics
             rows, metrics = await asyncio.to_thread(metric_rows, queue.runs / job.run, step, metrics)
             if rows:
                 step = int(rows[-1]["step"])
                 yield _event("metrics", json.dumps(rows), step, metrics, log)
         folder = JobFolder(queue.runs, job.run, job.id)
+        if is_new and (start := await asyncio.to_thread(tail_start, folder)):
+            log = start
+            left_out = f"({start} bytes are left out here: `sparsebridge logs {job.id}` prints all)\n"
+            yield _event("log", json.dumps(left_out), step, metrics, log)
+        is_new = False
         while (text := await asyncio.to_thread(read_log, folder, log))[0]:
             log = text[1]
             yield _event("log", json.dumps(text[0]), step, metrics, log)
@@ -212,9 +251,12 @@ def as_table(rows: list[tuple[Job, Status]], runs: Path) -> str:
     )
 
 
-def run_folders(runs: Path) -> list[Path]:
-    """Run folders below `runs`: of plain names, and none that lies elsewhere."""
-    return sorted(path for path in runs.iterdir() if is_folder(runs, path.name))
+def run_page(runs: Path, limit: int, after: str = "") -> tuple[list[Path], str | None]:
+    """Run folders below `runs`, by name: of plain names, and none that lies elsewhere. And after which name
+    the next page begins, if there is one."""
+    names = sorted(name for name in os.listdir(runs) if name > after)
+    found = list(islice((runs / name for name in names if is_folder(runs, name)), limit + 1))
+    return found[:limit], found[limit - 1].name if len(found) > limit else None
 
 
 def is_folder(runs: Path, name: str) -> bool:
