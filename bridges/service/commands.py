@@ -38,14 +38,20 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def submit(arguments: argparse.Namespace) -> int:
     from bridges.drawing import visible
+    from bridges.service.follow import view
     from bridges.service.queue import Queue
     from bridges.service.submit import from_command_line
 
     words = arguments.arguments
     job = from_command_line(arguments.home, arguments.runs, arguments.recipe, words, arguments.key)
+    if arguments.runner == "local" and arguments.dry_run:
+        sys.stdout.write(f"{job.command}\n")
+        return 0
     if arguments.runner == "local":
-        shown = job.command if arguments.dry_run else Queue(arguments.runs).submit(job).id
-        sys.stdout.write(f"{shown}\n")
+        queue = Queue(arguments.runs)
+        job = queue.submit(job)
+        sys.stdout.write(f"{job.id}\n")
+        _tell(view(arguments.runs, *queue.get(job.id)).waits)
         return 0
     from bridges.service.runners import runner
 
@@ -58,22 +64,29 @@ def submit(arguments: argparse.Namespace) -> int:
 
 
 def jobs(arguments: argparse.Namespace) -> int:
-    from bridges.service.follow import as_table, view
+    from bridges.service.follow import as_table, views
     from bridges.service.queue import Queue
     from bridges.service.runners import handed_over
 
     found = [(job, status) for _, job, status in Queue(arguments.runs).page(limit=arguments.limit)]
     found += handed_over(arguments.runs, ask=True)[: arguments.limit]
+    shown = views(arguments.runs, found)
     if arguments.json:
-        views = [view(arguments.runs, job, status).model_dump() for job, status in found]
-        sys.stdout.write(json.dumps(views, indent=1) + "\n")
+        sys.stdout.write(json.dumps([own.model_dump() for own in shown], indent=1) + "\n")
     else:
         sys.stdout.write(as_table(found, arguments.runs))
+        _tell(next((own.waits for own in shown if own.waits), ""))
     return 0
 
 
+def _tell(waits: str) -> None:
+    """Beside what was asked for: why nothing will happen."""
+    if waits:
+        sys.stderr.write(f"queued jobs wait: {waits}\n")
+
+
 def logs(arguments: argparse.Namespace) -> int:
-    from bridges.service.follow import for_terminal, read_log
+    from bridges.service.follow import for_terminal, read_log, view
     from bridges.service.queue import Queue
     from bridges.service.runners import asked, engine_of
 
@@ -81,6 +94,8 @@ def logs(arguments: argparse.Namespace) -> int:
     engine = engine_of(arguments.runs, Path(), arguments.job)
     job = queue.get(arguments.job)[0] if engine is None else engine[1]
     folder, is_over = JobFolder(arguments.runs, job.run, job.id), False
+    if arguments.follow and engine is None:
+        _tell(view(arguments.runs, *queue.get(job.id)).waits)
     while True:
         # First the state, then the log: what was written before the end is not missed.
         if engine is None:
