@@ -3,7 +3,7 @@
 Who may ask is decided before any route runs (`bridges.service.guard`).
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bridges.service import circuit_files, follow, submit
 from bridges.service.follow import JobView
-from bridges.service.guard import Absent, contained
+from bridges.service.guard import LINKS, Absent, contained
 from bridges.service.jobs import State
 from bridges.service.pages import PAGE, After, Before, add_pages, error_page
 from bridges.service.queue import NoSuchJob, Queue
@@ -57,7 +57,13 @@ class RunPage(BaseModel):
     after: str | None
 
 
-def make_app(home: Path, runs: Path, sessions: Sessions) -> FastAPI:
+class Link(BaseModel):
+    """Where one more browser starts."""
+
+    link: str
+
+
+def make_app(home: Path, runs: Path, sessions: Sessions, new_link: Callable[[], str]) -> FastAPI:
     """The application over the runs; `home` holds the recipes."""
 
     @asynccontextmanager
@@ -73,6 +79,12 @@ def make_app(home: Path, runs: Path, sessions: Sessions) -> FastAPI:
     )  # fmt: skip
     add_errors(app, home, runs)
     add_job_routes(app, queue, home, runs)
+
+    @app.post(LINKS, status_code=201)
+    def make_link() -> Link:
+        """A link that opens the pages once, within ten minutes. It takes the token itself, no cookie."""
+        return Link(link=new_link())
+
     add_run_routes(app, runs)
     add_session_routes(app, sessions, runs)
     add_pages(app, queue, home, runs)

@@ -1,6 +1,6 @@
 """The service's commands for a terminal: whatever a page can do, one of these does.
 
-sparsebridge serve | submit | jobs | logs | cancel | worker | gc | reindex | desk
+sparsebridge serve | link | submit | jobs | logs | cancel | worker | gc | reindex | desk
 """
 
 import argparse
@@ -34,6 +34,12 @@ def serve(arguments: argparse.Namespace) -> int:
             f"--{name}={getattr(arguments, name)}" for name in WORKER if getattr(arguments, name) is not None
         ],
     )
+
+
+def link(arguments: argparse.Namespace) -> int:
+    from bridges.service.link_command import link as run
+
+    return run(arguments)
 
 
 def submit(arguments: argparse.Namespace) -> int:
@@ -203,6 +209,14 @@ def add_commands(command) -> None:
         "--allowed_host", action="append", default=[], metavar="NAME", help="a name to answer to"
     )
     serving.add_argument("--no_worker", action="store_true", help="jobs are left to a `sparsebridge worker`")
+
+    linking = command(
+        "link", link, "Ask a server for a further one-time link: for another browser, or when one ran out. "
+        "It opens the pages once, within ten minutes. Exit code 0, 2 where it wants its token, 4 where none "
+        "answers.",
+    )  # fmt: skip
+    linking.add_argument("--server", default="http://127.0.0.1:8765", help="its address (as `serve` has it)")
+    linking.add_argument("--token_file", type=Path, help="file with its token; else SPARSEBRIDGE_TOKEN")
 
     submitting = command(
         "submit", submit, "Queue a recipe: `submit train --config recipes/python/train.yaml`. Its "
