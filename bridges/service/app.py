@@ -168,10 +168,11 @@ def add_job_routes(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
         found, older = follow.job_page(queue, limit, before, state)
         others = [] if before else handed_over(runs, ask=False)
         others = [own for own in others if state in (None, own[1].state)]
+        shown = follow.views(runs, [*found, *others[:limit]])
         return JobPage(
-            jobs=follow.views(runs, found),
+            jobs=shown[: len(found)],
             before=older,
-            handed_over=follow.views(runs, others[:limit]),
+            handed_over=shown[len(found) :],
             of_handed_over=len(others),
         )
 

@@ -71,9 +71,10 @@ class JobView(BaseModel):
     progress: Progress | None
 
 
-def views(runs: Path, found: Iterable[tuple[Job, Status]]) -> list[JobView]:
-    """Of several jobs; whether a worker runs is looked up once."""
-    has_worker = OneWorker(runs).is_held
+def views(runs: Path, found: Iterable[tuple[Job, Status]], has_worker: bool | None = None) -> list[JobView]:
+    """Of several jobs. None: whether a worker runs is looked up, once."""
+    if has_worker is None:
+        has_worker = OneWorker(runs).is_held
     return [view(runs, job, status, has_worker) for job, status in found]
 
 

@@ -50,16 +50,17 @@ def add_pages(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
     def index(before: Before = None, after: After = "") -> HTMLResponse:
         found, older = follow.job_page(queue, PAGE, before)
         elsewhere = [] if before else handed_over(runs, ask=False)
+        has_worker = OneWorker(runs).is_held
         shown_runs, last = follow.run_page(runs, PAGE, after)
         return page(
             "index",
-            jobs=follow.views(runs, found),
+            jobs=follow.views(runs, found, has_worker),
             before=before,
             older=older,
-            elsewhere=follow.views(runs, elsewhere[:PAGE]),
+            elsewhere=follow.views(runs, elsewhere[:PAGE], has_worker),
             of_elsewhere=len(elsewhere),
             total=queue.count(),
-            has_worker=OneWorker(runs).is_held,
+            has_worker=has_worker,
             no_worker=follow.NO_WORKER,
             runs=[follow.summary(path) for path in shown_runs],
             after=after,
