@@ -202,7 +202,7 @@ async def events(queue: Queue, job_id: str, cursor: str | None) -> AsyncIterator
     """
     found = CURSOR.fullmatch(cursor or "")
     step, metrics, log = map(int, found.groups()) if found else (0, 0, 0)
-    shown, is_new = "", found is None
+    shown, has_begun = "", log > 0
     while True:
         job, status = await asyncio.to_thread(find, queue, job_id)
         own = await asyncio.to_thread(view, queue.runs, job, status)
@@ -217,11 +217,11 @@ async def events(queue: Queue, job_id: str, cursor: str | None) -> AsyncIterator
                 step = int(rows[-1]["step"])
                 yield _event("metrics", json.dumps(rows), step, metrics, log)
         folder = JobFolder(queue.runs, job.run, job.id)
-        if is_new and (start := await asyncio.to_thread(tail_start, folder)):
+        if not has_begun and (start := await asyncio.to_thread(tail_start, folder)):
             log = start
             left_out = f"({start} bytes are left out here: `sparsebridge logs {job.id}` prints all)\n"
             yield _event("log", json.dumps(left_out), step, metrics, log)
-        is_new = False
+        has_begun = True
         while (text := await asyncio.to_thread(read_log, folder, log))[0]:
             log = text[1]
             yield _event("log", json.dumps(text[0]), step, metrics, log)

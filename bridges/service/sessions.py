@@ -85,7 +85,7 @@ class Sessions:
     def drop(self, session_id: str) -> None:
         """Unload, once a question that is being answered has its answer. Raises as `using`."""
         with self.using(session_id), self._lock:
-            del self._sessions[session_id]
+            self._sessions.pop(session_id, None)
 
     def close(self) -> None:
         self._closed.set()

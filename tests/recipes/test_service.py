@@ -93,7 +93,9 @@ def test_a_job_that_writes_no_losses_shows_none_and_a_long_log_begins_near_its_e
     (server.runs / "extracted" / "metrics.jsonl").write_text('{"step": 1, "ce": 0.5}\n')  # its training's
     folder.log.write_text("".join(f"line {i:07}\n" for i in range(300_000)))
     reindex(server.runs)
-    events = server.client.get(f"/api/v1/jobs/{job.id}/events").text
+    url = f"/api/v1/jobs/{job.id}/events"
+    events = server.client.get(url).text
+    assert server.client.get(url, headers={"Last-Event-ID": "0.0.0"}).text == events  # lost at its beginning
     assert "event: metrics" not in events
     logs = [json.loads(line[6:]) for line in events.splitlines() if line.startswith('data: "')]
     size = folder.log.stat().st_size

@@ -1,5 +1,7 @@
 """Nobody comes in: what tests/bridges/test_service_guard.py asks, asked of `sparsebridge serve` itself."""
 
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,7 +185,11 @@ def test_the_token_makes_further_links_and_a_cookie_does_not(locked: Server, mon
 def test_without_a_token_the_link_is_the_address_and_no_server_is_one_line(server: Server, capsys) -> None:
     main(["link", "--server", f"{server.address}/"])
     assert capsys.readouterr().out == f"{server.address}/\n"
-    for address, code, why in (("http://127.0.0.1:1", "4", "no sparsebridge answers"),
+    other = socket.create_server(("127.0.0.1", 0))  # of another kind
+    threading.Thread(target=lambda: other.accept()[0].sendall(b"220 mail\r\n"), daemon=True).start()
+    mail = f"http://127.0.0.1:{other.getsockname()[1]}"
+    for address, code, why in ((mail, "4", "no sparsebridge answers"),
+                               ("http://127.0.0.1:1", "4", "no sparsebridge answers"),
                                ("file:///etc", "2", "an address as the server printed it"),
                                (f"{server.address}/runs", "4", "answered 404")):  # fmt: skip
         with pytest.raises(SystemExit, match=code):
