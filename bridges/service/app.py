@@ -19,7 +19,6 @@ from bridges.service.guard import LINKS, Absent, contained
 from bridges.service.jobs import State
 from bridges.service.pages import PAGE, After, Before, add_pages, error_page
 from bridges.service.queue import NoSuchJob, Queue
-from bridges.service.runners import handed_over
 from bridges.service.session_routes import add_session_routes
 from bridges.service.sessions import Sessions
 from extractor.artifacts import read_json
@@ -166,7 +165,7 @@ def add_job_routes(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
     ) -> JobPage:
         """Newest first, page by page."""
         found, older = follow.job_page(queue, limit, before, state)
-        others = [] if before else handed_over(runs, ask=False)
+        others = [] if before else follow.elsewhere(runs)
         others = [own for own in others if state in (None, own[1].state)]
         shown = follow.views(runs, [*found, *others[:limit]])
         return JobPage(

@@ -23,7 +23,7 @@ from bridges.service.guard import Absent, contained, is_id
 from bridges.service.jobs import ENDED, Job, JobFolder, State, Status
 from bridges.service.queue import NoSuchJob, Queue
 from bridges.service.redact import redact
-from bridges.service.runners import engine_name
+from bridges.service.runners import engine_name, handed_over
 from bridges.service.serve import OneWorker
 
 NO_WORKER = "no worker is running: start `sparsebridge worker`, or `sparsebridge serve` without --no_worker"
@@ -110,8 +110,14 @@ def find(queue: Queue, job_id: str) -> tuple[Job, Status]:
         return queue.get(job_id)
     except NoSuchJob:
         for path in queue.runs.glob(f"*/jobs/{job_id}/engine.json") if is_id(job_id) else ():
-            return JobFolder(queue.runs, path.parents[2].name, job_id).read()
+            if is_folder(queue.runs, run := path.parents[2].name, "jobs", job_id):
+                return JobFolder(queue.runs, run, job_id).read()
         raise
+
+
+def elsewhere(runs: Path) -> list[tuple[Job, Status]]:
+    """The jobs that other engines have, newest first, as their files say: those that lie here."""
+    return [own for own in handed_over(runs, ask=False) if is_folder(runs, own[0].run, "jobs", own[0].id)]
 
 
 def job_page(
@@ -260,9 +266,9 @@ def run_page(runs: Path, limit: int, after: str = "") -> tuple[list[Path], str |
     return found[:limit], found[limit - 1].name if len(found) > limit else None
 
 
-def is_folder(runs: Path, name: str) -> bool:
+def is_folder(runs: Path, *parts: str) -> bool:
     with suppress(Absent):
-        return contained(runs, name).is_dir()
+        return contained(runs, *parts).is_dir()
     return False
 
 

@@ -14,7 +14,6 @@ from bridges.drawing import visible
 from bridges.service import circuit_files, follow, submit
 from bridges.service.guard import Absent
 from bridges.service.queue import Queue
-from bridges.service.runners import handed_over
 from bridges.service.serve import OneWorker
 
 STATIC = {"service.css": "text/css", "service.js": "text/javascript"}
@@ -49,7 +48,7 @@ def add_pages(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
     @app.get("/", include_in_schema=False)
     def index(before: Before = None, after: After = "") -> HTMLResponse:
         found, older = follow.job_page(queue, PAGE, before)
-        elsewhere = [] if before else handed_over(runs, ask=False)
+        elsewhere = [] if before else follow.elsewhere(runs)
         has_worker = OneWorker(runs).is_held
         shown_runs, last = follow.run_page(runs, PAGE, after)
         return page(

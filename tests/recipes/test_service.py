@@ -392,6 +392,13 @@ def test_no_file_is_read_or_written_through_a_link_that_leads_elsewhere(server: 
     (server.runs / "leads-within").mkdir()
     (server.runs / "leads-within" / "jobs").symlink_to(outside / "jobs")
     reindex(server.runs)
+    away = Job.new("leads-away", "train")
+    folder = JobFolder(server.home / "runs3", "away", away.id)
+    folder.write_job(away)
+    write_json(folder.engine, {"engine": "slurm", "engine_id": "1"})
+    (server.runs / "leads-away").symlink_to(server.home / "runs3" / "away")
+    assert server.client.get(f"/api/v1/jobs/{away.id}").status_code == 404
+    assert away.id not in server.client.get("/api/v1/jobs?limit=200").text
     assert server.client.get("/api/v1/runs/leads").json()["evaluation"] is None
     assert server.client.get(f"/api/v1/jobs/{job.id}").json()["progress"] is None
     events = server.client.get(f"/api/v1/jobs/{job.id}/events").text
