@@ -1,7 +1,7 @@
 """The command `sparsebridge`: what an auditor does beside the recipes, which are started by their files.
 
     sparsebridge doctor | check | verify | replay | diff | sign                        (each with --help)
-    sparsebridge serve | submit | jobs | logs | cancel | worker | gc | reindex | desk  (bridges.service)
+    sparsebridge serve | link | submit | jobs | logs | cancel | worker | gc | reindex | desk (bridges.service)
 
 Every sub-command is imported when it is run: torch takes seconds, and `doctor` must run where torch does not.
 """

@@ -3,8 +3,8 @@
 Who may ask is decided before any route runs (`bridges.service.guard`).
 """
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,16 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bridges.service import circuit_files, follow, submit
 from bridges.service.follow import JobView
-from bridges.service.guard import Absent, contained
+from bridges.service.guard import LINKS, Absent, contained
 from bridges.service.jobs import State
-from bridges.service.pages import add_pages, error_page
+from bridges.service.pages import PAGE, After, Before, add_pages, error_page
 from bridges.service.queue import NoSuchJob, Queue
 from bridges.service.session_routes import add_session_routes
 from bridges.service.sessions import Sessions
 from extractor.artifacts import read_json
 from extractor.errors import InputError, MachineError, UsageError
 
-PAGE = 50
 REPORT_POLICY = "sandbox allow-scripts; frame-ancestors 'none'"
 """The report brings its own policy; in a sandbox its script has no cookie and no way back to this server."""
 
@@ -40,13 +39,30 @@ class JobRequest(BaseModel):
 
 
 class JobPage(BaseModel):
-    """Jobs, newest first; `before` of the next page, if there is one."""
+    """Jobs, newest first; `before` of the next page, if there is one. The first page has beside them the
+    newest of those that other engines have, as their files say."""
 
     jobs: list[JobView]
     before: int | None
+    handed_over: list[JobView]
+    of_handed_over: int
+    """How many there are."""
 
 
-def make_app(home: Path, runs: Path, sessions: Sessions) -> FastAPI:
+class RunPage(BaseModel):
+    """What run folders hold, by name; `after` of the next page, if there is one."""
+
+    runs: list[dict[str, Any]]
+    after: str | None
+
+
+class Link(BaseModel):
+    """Where one more browser starts."""
+
+    link: str
+
+
+def make_app(home: Path, runs: Path, sessions: Sessions, new_link: Callable[[], str]) -> FastAPI:
     """The application over the runs; `home` holds the recipes."""
 
     @asynccontextmanager
@@ -62,6 +78,12 @@ def make_app(home: Path, runs: Path, sessions: Sessions) -> FastAPI:
     )  # fmt: skip
     add_errors(app, home, runs)
     add_job_routes(app, queue, home, runs)
+
+    @app.post(LINKS, status_code=201)
+    def make_link() -> Link:
+        """A link that opens the pages once, within ten minutes. It takes the token itself, no cookie."""
+        return Link(link=new_link())
+
     add_run_routes(app, runs)
     add_session_routes(app, sessions, runs)
     add_pages(app, queue, home, runs)
@@ -138,13 +160,20 @@ def add_job_routes(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
     @app.get("/api/v1/jobs")
     def list_jobs(
         limit: Annotated[int, Query(ge=1, le=200)] = PAGE,
-        before: Annotated[int | None, Query(ge=1)] = None,
+        before: Before = None,
         state: State | None = None,
     ) -> JobPage:
         """Newest first, page by page."""
-        found = queue.page(limit=limit, before=before, states=(state,) if state else ())
-        views = [follow.view(queue, job, status) for _, job, status in found]
-        return JobPage(jobs=views, before=found[-1][0] if len(found) == limit else None)
+        found, older = follow.job_page(queue, limit, before, state)
+        others = [] if before else follow.elsewhere(runs)
+        others = [own for own in others if state in (None, own[1].state)]
+        shown = follow.views(queue, [*found, *others[:limit]])
+        return JobPage(
+            jobs=shown[: len(found)],
+            before=older,
+            handed_over=shown[len(found) :],
+            of_handed_over=len(others),
+        )
 
     @app.get("/api/v1/jobs/{job_id}")
     def get_job(job_id: str) -> JobView:
@@ -170,20 +199,22 @@ def add_job_routes(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
 
 def add_run_routes(app: FastAPI, runs: Path) -> None:
     @app.get("/api/v1/runs")
-    def list_runs() -> list[dict[str, Any]]:
-        """What every run folder holds."""
-        return [follow.summary(path) for path in follow.run_folders(runs)]
+    def list_runs(
+        limit: Annotated[int, Query(ge=1, le=200)] = PAGE,
+        after: After = "",
+    ) -> RunPage:
+        """By name, page by page."""
+        found, last = follow.run_page(runs, limit, after)
+        return RunPage(runs=[follow.summary(path) for path in found], after=last)
 
     @app.get("/api/v1/runs/{run}")
     def get_run(run: str) -> dict[str, Any]:
         """One run: what it holds, and its evaluation."""
-        folder = follow.run_folder(runs, run)
-        evaluation = folder / "evaluation.json"
-        return follow.summary(folder) | {
-            "evaluation": read_json(evaluation, "evaluation", "recipes/train.py")
-            if evaluation.is_file()
-            else None
-        }
+        found = follow.summary(follow.run_folder(runs, run)) | {"evaluation": None}
+        with suppress(Absent):
+            path = contained(runs, run, "evaluation.json")
+            found["evaluation"] = read_json(path, "evaluation", "recipes/train.py")
+        return found
 
     @app.get("/api/v1/runs/{run}/claims")
     def get_claims(run: str) -> list[dict[str, Any]]:

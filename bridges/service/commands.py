@@ -1,6 +1,6 @@
 """The service's commands for a terminal: whatever a page can do, one of these does.
 
-sparsebridge serve | submit | jobs | logs | cancel | worker | gc | reindex | desk
+sparsebridge serve | link | submit | jobs | logs | cancel | worker | gc | reindex | desk
 """
 
 import argparse
@@ -50,16 +50,28 @@ def serve(arguments: argparse.Namespace) -> int:
     )
 
 
+def link(arguments: argparse.Namespace) -> int:
+    from bridges.service.link_command import link as run
+
+    return run(arguments)
+
+
 def submit(arguments: argparse.Namespace) -> int:
     from bridges.drawing import visible
+    from bridges.service.follow import view
     from bridges.service.queue import Queue
     from bridges.service.submit import from_command_line
 
     words = arguments.arguments
     job = from_command_line(arguments.home, arguments.runs, arguments.recipe, words, arguments.key)
+    if arguments.runner == "local" and arguments.dry_run:
+        sys.stdout.write(f"{job.command}\n")
+        return 0
     if arguments.runner == "local":
-        shown = job.command if arguments.dry_run else Queue(arguments.runs).submit(job).id
-        sys.stdout.write(f"{shown}\n")
+        queue = Queue(arguments.runs)
+        job = queue.submit(job)
+        sys.stdout.write(f"{job.id}\n")
+        _tell(view(queue, *queue.get(job.id)).waits)
         return 0
     from bridges.service.runners import runner
 
@@ -72,28 +84,36 @@ def submit(arguments: argparse.Namespace) -> int:
 
 
 def jobs(arguments: argparse.Namespace) -> int:
-    from bridges.service.follow import as_table, view
+    from bridges.service.follow import as_table, views
     from bridges.service.runners import handed_over
 
     queue = _queue(arguments.runs)
     found = [(job, status) for _, job, status in queue.page(limit=arguments.limit)]
     found += handed_over(arguments.runs, ask=True)[: arguments.limit]
-    views = [view(queue, job, status) for job, status in found]
+    shown = views(queue, found)
     if arguments.json:
-        sys.stdout.write(json.dumps([own.model_dump() for own in views], indent=1) + "\n")
+        sys.stdout.write(json.dumps([own.model_dump() for own in shown], indent=1) + "\n")
     else:
-        sys.stdout.write(as_table(views))
+        sys.stdout.write(as_table(shown))
     return 0
 
 
+def _tell(waits: str) -> None:
+    """Beside what was asked for: why nothing will happen."""
+    if waits:
+        sys.stderr.write(f"queued jobs wait: {waits}\n")
+
+
 def logs(arguments: argparse.Namespace) -> int:
-    from bridges.service.follow import for_terminal, read_log
+    from bridges.service.follow import for_terminal, read_log, view
     from bridges.service.runners import asked, engine_of
 
     queue, offset, next_look = _queue(arguments.runs), 0, 0.0
     engine = engine_of(arguments.runs, Path(), arguments.job)
     job = queue.get(arguments.job)[0] if engine is None else engine[1]
     folder, is_over = JobFolder(arguments.runs, job.run, job.id), False
+    if arguments.follow and engine is None:
+        _tell(view(queue, *queue.get(job.id)).waits)
     while True:
         # First the state, then the log: what was written before the end is not missed.
         if engine is None:
@@ -177,12 +197,13 @@ def gc(arguments: argparse.Namespace) -> int:
 
 
 def reindex(arguments: argparse.Namespace) -> int:
+    from bridges.drawing import visible
     from bridges.service.queue import reindex as make_again
 
     count, damaged = make_again(arguments.runs)
     sys.stdout.write(f"{count} jobs\n")
     for line in damaged:
-        sys.stderr.write(f"left out: {line}\n")
+        sys.stderr.write(f"left out: {visible(line)}\n")
     return 3 if damaged else 0
 
 
@@ -210,6 +231,14 @@ def add_commands(command) -> None:
         "--allowed_host", action="append", default=[], metavar="NAME", help="a name to answer to"
     )
     serving.add_argument("--no_worker", action="store_true", help="jobs are left to a `sparsebridge worker`")
+
+    linking = command(
+        "link", link, "Ask a server for a further one-time link: for another browser, or when one ran out. "
+        "It opens the pages once, within ten minutes. Exit code 0, 2 where it wants its token, 4 where none "
+        "answers.",
+    )  # fmt: skip
+    linking.add_argument("--server", default="http://127.0.0.1:8765", help="its address (as `serve` has it)")
+    linking.add_argument("--token_file", type=Path, help="file with its token; else SPARSEBRIDGE_TOKEN")
 
     submitting = command(
         "submit", submit, "Queue a recipe: `submit train --config recipes/python/train.yaml`. Its "

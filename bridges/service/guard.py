@@ -3,7 +3,8 @@
 Host      400   another name than the server's own: DNS rebinding
 origin    403   another site's page, a sandboxed frame, another port of this machine
 method    405   other than GET and HEAD, which read, or POST, PUT, PATCH, DELETE; OPTIONS permits nothing
-token     401   where one is set: as a bearer header, or as the cookie that a one-time link gave
+token     401   where one is set: as a bearer header, or as the cookie that a one-time link gave; a cookie
+                makes no further link
 type      403   a change that is no application/json: what a form of another site can send
 body      413   too long, by its header or by count; 400 where JSON nests too deeply
 """
@@ -35,6 +36,7 @@ READING = ("GET", "HEAD")
 CHANGING = ("POST", "PUT", "PATCH", "DELETE")
 SHORTEST_TOKEN = 32  # characters
 LINK_SECONDS = 600.0
+LINKS = "/api/v1/links"
 NO_WEBSOCKETS = "no websockets here; events come as a stream over GET"
 JSON_TYPE = re.compile(rb'application/json(?:[ \t]*;[ \t]*charset="?utf-8"?)?', re.IGNORECASE)
 ONCE = re.compile(rb"(?:^|&)once=([A-Za-z0-9_-]{1,128})(?:&|$)")
@@ -205,13 +207,22 @@ class Guard:
 
     def _check_token(self, scope: Scope) -> None:
         """One answer whatever is wrong: absent, malformed, of another length, or nearly right."""
-        if not self._is_known(scope):
+        # A browser that was let in lets no other in: that is the token's alone.
+        is_known = self._has_token(scope) if scope["path"] == LINKS else self._is_known(scope)
+        if not is_known:
             raise Refusal(
                 401, "a token is needed: open the link that the server gave, or send it as a bearer header",
                 (b"www-authenticate", b"Bearer"),
             )  # fmt: skip
 
     def _is_known(self, scope: Scope) -> bool:
+        is_token = self._has_token(scope)
+        is_session = any(
+            self.settings.sessions.holds(value) for value in _cookies(scope, self.settings.cookie)
+        )
+        return is_token or is_session
+
+    def _has_token(self, scope: Scope) -> bool:
         if self._token is None:
             return True
         given = _values(scope, b"authorization")
@@ -219,10 +230,7 @@ class Guard:
         scheme, _, token = bearer.partition(b" ")
         # Digests: a comparison of two texts would tell their lengths.
         is_token = hmac.compare_digest(_digest(token.decode("latin-1")), self._token)
-        is_session = any(
-            self.settings.sessions.holds(value) for value in _cookies(scope, self.settings.cookie)
-        )
-        return (is_token and scheme.lower() == b"bearer") or is_session
+        return is_token and scheme.lower() == b"bearer"
 
     async def _redeem(self, scope: Scope, code: str, send: Send) -> None:
         """A one-time link becomes a cookie; a browser that has one already is only sent on."""

@@ -8,15 +8,18 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query
 from fastapi.responses import HTMLResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from bridges.drawing import visible
 from bridges.service import circuit_files, follow, submit
 from bridges.service.guard import Absent
 from bridges.service.queue import Queue
-from bridges.service.runners import handed_over
 from bridges.service.serve import OneWorker
 
 STATIC = {"service.css": "text/css", "service.js": "text/javascript"}
-SHOWN = 50  # jobs on the first page
+PAGE = 50  # jobs or runs, where no other number is asked for
+Before = Annotated[int | None, Query(ge=1, le=2**63 - 1)]  # the index counts in 64 bits
+After = Annotated[str, Query(max_length=128)]
 
 
 def page(name: str, code: int = 200, **values: Any) -> HTMLResponse:
@@ -27,8 +30,13 @@ def page(name: str, code: int = 200, **values: Any) -> HTMLResponse:
 def _environment() -> Environment:
     return Environment(
         loader=PackageLoader("bridges", "templates/service"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, finalize=_shown,
     )  # fmt: skip
+
+
+def _shown(value: Any) -> Any:
+    """What a template puts on the page: text from outside with what a browser would obey spelled out."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def error_page(message: str, code: int) -> HTMLResponse:
@@ -38,25 +46,31 @@ def error_page(message: str, code: int) -> HTMLResponse:
 
 def add_pages(app: FastAPI, queue: Queue, home: Path, runs: Path) -> None:
     @app.get("/", include_in_schema=False)
-    def index(before: Annotated[int | None, Query(ge=1)] = None) -> HTMLResponse:
-        found = queue.page(limit=SHOWN, before=before)
-        elsewhere = [] if before else handed_over(runs, ask=False)[:SHOWN]
+    def index(before: Before = None, after: After = "") -> HTMLResponse:
+        found, older = follow.job_page(queue, PAGE, before)
+        elsewhere = [] if before else follow.elsewhere(runs)
+        has_worker = OneWorker(runs).is_held
+        shown_runs, last = follow.run_page(runs, PAGE, after)
         return page(
             "index",
-            jobs=[follow.view(queue, job, status) for _, job, status in found],
-            older=found[-1][0] if len(found) == SHOWN else None,
-            elsewhere=[follow.view(queue, *own) for own in elsewhere],
+            jobs=follow.views(queue, found, has_worker),
+            before=before,
+            older=older,
+            elsewhere=follow.views(queue, elsewhere[:PAGE], has_worker),
+            of_elsewhere=len(elsewhere),
             total=queue.count(),
-            has_worker=OneWorker(runs).is_held,
+            has_worker=has_worker,
             no_worker=follow.NO_WORKER,
-            runs=[follow.summary(path) for path in follow.run_folders(runs)],
+            runs=[follow.summary(path) for path in shown_runs],
+            after=after,
+            more_runs=last,
             configs=submit.configs(home),
             settings={recipe: list(own) for recipe, own in submit.SETTINGS.items()},
         )
 
     @app.get("/jobs/{job_id}", include_in_schema=False)
     def job(job_id: str) -> HTMLResponse:
-        return page("job", job=follow.view(queue, *follow.find(queue, job_id)))
+        return page("job", job=follow.view(queue, *follow.find(queue, job_id)), losses=follow.LOSSES)
 
     @app.get("/runs/{run}", include_in_schema=False)
     def run(run: str) -> HTMLResponse:

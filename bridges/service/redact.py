@@ -195,11 +195,6 @@ def redact(text: str) -> str:
     return _PLAIN.redact(text)
 
 
-def find_secrets(text: str) -> list[str]:
-    """The kinds of the secrets in a text, by shape and names alone."""
-    return _PLAIN.find_secrets(text)
-
-
 def secret_values(environ: Mapping[str, str]) -> set[str]:
     """Values of variables whose names say that they hold a secret, and passwords in URLs of any variable."""
     values: set[str] = set()

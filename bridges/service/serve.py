@@ -139,7 +139,7 @@ def serve(
     runs.mkdir(parents=True, exist_ok=True)
     runs, home = runs.resolve(), home.resolve()
     os.chdir(home)  # what configs name is relative to it, as for the recipes
-    app = make_app(home, runs, Sessions(runs))
+    app = make_app(home, runs, Sessions(runs), settings.link)
     keeper = WorkerKeeper(runs, home, worker_words) if has_worker else None
     if keeper is not None:
         keeper.start()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bridges.service.guard import Absent
 from extractor.errors import MachineError
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from bridges.service.live_desk import LiveDesk
 
 WAITING = 24
-"""Questions that may be open at once: each holds one of the server's 40 threads, and pages need some."""
+"""Questions and loads that may be open at once: each holds one of the server's 40 threads, and pages need
+some."""
 IDLE = 900.0  # seconds without a question after which models are unloaded
 
 
@@ -27,6 +28,8 @@ class Session:
     id: str
     run: str
     desk: "LiveDesk"
+    tasks: list[dict[str, Any]]
+    """What can be asked of it."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     used: float = field(default_factory=time.monotonic)
 
@@ -37,7 +40,8 @@ class Sessions:
     def __init__(self, runs: Path, *, most: int = 1, idle: float = IDLE):
         self.runs, self.most, self.idle = runs, most, idle
         self._sessions: dict[str, Session] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the list, for a moment; models load under the other
+        self._loading = threading.Lock()
         self._places = threading.BoundedSemaphore(WAITING)
         self._closed = threading.Event()
         threading.Thread(target=self._unload_idle, daemon=True).start()
@@ -47,17 +51,17 @@ class Sessions:
 
         Raises:
             InputError: the run is not finished, or its parts do not belong together.
+            MachineError: too many wait already.
         """
-        with self._lock:
-            for session in self._sessions.values():
-                if session.run == run and session.desk.is_current:
-                    session.used = time.monotonic()
-                    return session
+        with self._place(), self._loading:
+            if (known := self._current(run)) is not None:
+                return known
             while len(self._sessions) >= self.most:  # first: two runs' models may not fit
-                oldest = min(self._sessions.values(), key=lambda own: own.used)
-                del self._sessions[oldest.id]
-            session = Session(secrets.token_urlsafe(16), run, loaded(self.runs / run))
-            self._sessions[session.id] = session
+                self._drop_oldest()
+            desk = loaded(self.runs / run)
+            session = Session(secrets.token_urlsafe(16), run, desk, desk.tasks())
+            with self._lock:
+                self._sessions[session.id] = session
             return session
 
     @contextmanager
@@ -71,26 +75,51 @@ class Sessions:
         session = self._sessions.get(session_id)
         if session is None:
             raise Absent(session_id)
-        if not self._places.acquire(blocking=False):
-            raise MachineError(f"{WAITING} questions to the models wait already; ask again a little later")
-        try:
-            with session.lock:
-                session.used = time.monotonic()
-                yield session
-                session.used = time.monotonic()
-        finally:
-            self._places.release()
+        with self._place(), session.lock:
+            if session_id not in self._sessions:  # it made room while this waited
+                raise Absent(session_id)
+            session.used = time.monotonic()
+            yield session
+            session.used = time.monotonic()
 
     def drop(self, session_id: str) -> None:
-        """Unload. Raises Absent where there is none."""
-        with self._lock:
-            if self._sessions.pop(session_id, None) is None:
-                raise Absent(session_id)
+        """Unload, once a question that is being answered has its answer. Raises as `using`."""
+        with self.using(session_id), self._lock:
+            self._sessions.pop(session_id, None)
 
     def close(self) -> None:
         self._closed.set()
         with self._lock:
             self._sessions.clear()
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """Raises MachineError where none is free."""
+        if not self._places.acquire(blocking=False):
+            raise MachineError(f"{WAITING} questions to the models wait already; ask again a little later")
+        try:
+            yield
+        finally:
+            self._places.release()
+
+    def _listed(self) -> list[Session]:
+        with self._lock:
+            return list(self._sessions.values())
+
+    def _current(self, run: str) -> Session | None:
+        for session in self._listed():
+            if session.run == run and session.desk.is_current:
+                session.used = time.monotonic()
+                return session
+        return None
+
+    def _drop_oldest(self) -> None:
+        """Its models stay in memory while they answer: that is waited for. Nor may whoever loads others hold
+        it by a name of its own."""
+        if listed := self._listed():  # empty: somebody else dropped it
+            oldest = min(listed, key=lambda own: own.used)
+            with oldest.lock, self._lock:
+                self._sessions.pop(oldest.id, None)
 
     def _unload_idle(self) -> None:
         while not self._closed.wait(min(30.0, self.idle / 4)):

@@ -5,6 +5,7 @@ Over HTTP nothing names a file: the recipe and its config are chosen by name amo
 code or the network is set in the operator's YAML.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from bridges.service.jobs import NAME, RECIPES, Job, check_run_name
-from bridges.service.redact import find_secrets
+from bridges.service.redact import Redactor
 from extractor.errors import InputError, SparsebridgeError, UsageError
 
 Count = Annotated[int, Field(ge=0, le=10_000_000, strict=True)]
@@ -52,11 +53,11 @@ def from_command_line(
 
     Raises:
         UsageError, InputError: what the recipe says of them; a run folder that lies elsewhere; a secret
-            among the words, which would be kept in the job's file.
+            among the words, by its shape or from the environment, which would be kept in the job's file.
     """
     if recipe not in RECIPES:
         raise UsageError(f"recipe {recipe!r}; it is one of {', '.join(RECIPES)}")
-    if kinds := find_secrets("\n".join(arguments)):
+    if kinds := Redactor(os.environ).find_secrets("\n".join([*arguments, idempotency_key or ""])):
         raise InputError(f"the arguments hold a secret ({kinds[0]}); give it by the environment, not here")
     run = home / run_of(home, recipe, arguments)
     if run.resolve().parent != runs.resolve():
@@ -106,17 +107,21 @@ def from_names(
     """A job of names and plain values: all that a client of the service may give.
 
     Raises:
-        UsageError: a name that there is none of, a setting that is not one of SETTINGS, or its value.
+        UsageError: a name that there is none of, a run folder that lies elsewhere, a setting that is not one
+            of SETTINGS, or its value.
     """
     known = configs(home)
     if recipe not in known:
         raise UsageError(f"recipe: one of {', '.join(known)}")
     if config not in known[recipe]:
         raise UsageError(f"config: one of {', '.join(known[recipe]) or '(none)'} for {recipe}")
+    own = runs.resolve() / check_run_name(run) / "jobs"
+    if own.resolve() != own:  # the job's files would be written through the link
+        raise UsageError(f"run '{run}': its folder leads elsewhere by a symbolic link; take another name")
     words = [] if recipe == "quickstart" else ["--config", f"recipes/{config}/{recipe}.yaml"]
-    words += ["--run", (runs.resolve() / check_run_name(run)).as_posix()]
+    words += ["--run", own.parent.as_posix()]
     if runs.resolve().is_relative_to(home.resolve()):
-        words[-1] = (runs.resolve() / run).relative_to(home.resolve()).as_posix()
+        words[-1] = own.parent.relative_to(home.resolve()).as_posix()
     for key, value in settings.items():
         if key not in SETTINGS[recipe]:
             allowed = ", ".join(SETTINGS[recipe]) or "none"

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 COMMANDS = (
     *("doctor", "check", "verify", "replay", "diff", "sign"),
-    *("serve", "submit", "jobs", "logs", "cancel", "worker", "gc", "reindex"),
+    *("serve", "link", "submit", "jobs", "logs", "cancel", "worker", "gc", "reindex"),
 )
 
 

@@ -11,19 +11,20 @@ import time
 import pytest
 from tqdm import tqdm
 
+from bridges.cli import main
 from bridges.service.redact import (
     HELD,
     LONGEST_LINE,
     PATTERNS,
     REDACTED,
     Redactor,
-    find_secrets,
     redact,
     secret_values,
 )
 from tests.conftest import ROOT
 
 RANDOM = random.Random(0)
+find_secrets = Redactor({}).find_secrets
 
 
 def letters(length: int, alphabet: str = string.ascii_letters + string.digits) -> str:
@@ -201,6 +202,18 @@ def test_values_of_the_environment_go_in_every_form() -> None:
     assert redactor.redact(kept) == kept
     assert redactor.find_secrets("x correct horse/battery") == ["environment variable"]
     assert secret_values({}) == set()
+
+
+def test_a_job_s_words_hold_no_secret_of_the_environment(tmp_path, monkeypatch, capsys) -> None:
+    """Not by its shape: the value itself is known. Nothing is written."""
+    monkeypatch.setenv("WANDB_API_KEY", canary := letters(40, "0123456789abcdef"))
+    for words in (["train", "--tracking.key", canary], ["--key", canary, "train"]):
+        with pytest.raises(SystemExit, match="3"):
+            main(["submit", "--runs", str(tmp_path / "runs"), *words])
+        said = capsys.readouterr()
+        assert "the arguments hold a secret (environment variable)" in said.err
+        assert canary not in said.err + said.out
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def pieces(data: bytes, longest: int) -> list[bytes]:

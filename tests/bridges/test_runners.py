@@ -17,6 +17,7 @@ from bridges.cli import main
 from bridges.service.jobs import Job, JobFolder, Status
 from bridges.service.queue import Queue, reindex
 from bridges.service.runners import SkyPilotRunner, SlurmRunner, handed_over, runner
+from bridges.service.serve import OneWorker
 from extractor.errors import InputError, MachineError, UsageError
 from tests.conftest import ROOT
 
@@ -289,6 +290,27 @@ def test_dry_run_prints_what_would_be_sent_and_sends_nothing(home: Path, monkeyp
     assert "#SBATCH --requeue" in capsys.readouterr().out
     assert calls(home) == []
     assert not (home / "runs" / "mine").exists()
+
+
+def test_a_terminal_is_told_that_no_worker_runs(home: Path, monkeypatch, capsys) -> None:
+    """As a page is; what scripts read stays as it was."""
+    monkeypatch.chdir(home)
+    main(["submit", "train", "--run", "runs/mine"])
+    job, said = capsys.readouterr()
+    assert said.startswith("queued jobs wait: no worker is running")
+    main(["jobs"])
+    listed, told = capsys.readouterr()
+    assert job.strip() in listed
+    assert told == said
+    lock = OneWorker(home / "runs")
+    assert lock.take()
+    main(["jobs"])
+    assert capsys.readouterr().err == ""
+    lock._file.close()
+    end = lambda _: Queue(home / "runs").cancel(job.strip())  # noqa: E731
+    monkeypatch.setattr("bridges.service.commands.time.sleep", end)
+    main(["logs", "-f", job.strip()])
+    assert capsys.readouterr().err == said
 
 
 def wait_for(path: Path, seconds: float = 60) -> None:

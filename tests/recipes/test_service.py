@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bridges.service.follow import NO_WORKER, views
 from bridges.service.jobs import Job, JobFolder, Status
 from bridges.service.queue import FILE, Queue, reindex
 from bridges.service.serve import OneWorker
@@ -84,6 +85,26 @@ def test_events_go_on_where_a_reader_stopped(server: Server) -> None:
     assert "".join(value for kind, value in seen if kind == "log") == folder.log.read_text()
 
 
+def test_a_job_that_writes_no_losses_shows_none_and_a_long_log_begins_near_its_end(server: Server) -> None:
+    job = Job.new("extracted", "extract")
+    folder = JobFolder(server.runs, "extracted", job.id)
+    folder.write_job(job)
+    folder.write_status(Status(state="done"))
+    (server.runs / "extracted" / "metrics.jsonl").write_text('{"step": 1, "ce": 0.5}\n')  # its training's
+    folder.log.write_text("".join(f"line {i:07}\n" for i in range(300_000)))
+    reindex(server.runs)
+    url = f"/api/v1/jobs/{job.id}/events"
+    events = server.client.get(url).text
+    assert server.client.get(url, headers={"Last-Event-ID": "0.0.0"}).text == events  # lost at its beginning
+    assert "event: metrics" not in events
+    logs = [json.loads(line[6:]) for line in events.splitlines() if line.startswith('data: "')]
+    size = folder.log.stat().st_size
+    assert f"`sparsebridge logs {job.id}` prints all" in logs[0]
+    left_out = int(re.search(r"\d+", logs[0])[0])
+    assert 0 <= left_out - (size - (1 << 20)) < 13
+    assert "".join(logs[1:]).encode() == folder.log.read_bytes()[left_out:]
+
+
 def test_hostile_text_is_shown_as_text(server: Server) -> None:
     hostile = "</script><img src=x onerror=alert(1)>'\"&\u2028\u202e"
     folder = server.runs / "hostile"
@@ -102,6 +123,8 @@ def test_hostile_text_is_shown_as_text(server: Server) -> None:
         assert "<b>" not in answer.text, path
         assert "&lt;/script&gt;" in answer.text, path
         assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert "\u202e" not in answer.text, path
+        assert "[U+202E]" in answer.text, path
 
 
 @pytest.mark.parametrize(
@@ -131,7 +154,10 @@ def test_a_wrong_request_is_one_line_and_no_job(server: Server, change: dict, wo
 
 
 def test_ten_thousand_jobs_come_page_by_page(server: Server) -> None:
+    """And their runs, which a job makes."""
     wanted = fill(server.runs, 10_000)
+    for i in range(10_000):
+        (server.runs / f"run{i}").mkdir()
     seen, before, largest = [], None, 0
     while True:
         query = {"limit": 200, "state": "queued"} | ({"before": before} if before else {})
@@ -148,7 +174,61 @@ def test_ten_thousand_jobs_come_page_by_page(server: Server) -> None:
     older = re.search(r'href="/\?before=(\d+)"', page)
     assert f"50 of {server.client.get('/readyz').json()['jobs']}" in page
     assert server.client.get(f"/?before={older[1]}").text.count('<tr><th scope="row">') == 50
-    assert len(page) < 256 << 10
+    assert len(page) < 64 << 10
+    assert page.count("<li>") == 50
+
+
+def test_ten_thousand_runs_come_page_by_page(server: Server) -> None:
+    for i in range(120):
+        (server.runs / f"zz-page{i}").mkdir()
+    seen, after, pages = [], "zz-page", []
+    while after is not None:
+        answer = server.client.get("/api/v1/runs", params={"after": after, "limit": 60}).json()
+        pages.append(len(answer["runs"]))
+        seen += [run["run"] for run in answer["runs"]]
+        after = answer["after"]
+    assert seen == sorted(f"zz-page{i}" for i in range(120))
+    assert pages == [60, 60]  # no empty one at the end
+    first = server.client.get("/?before=7&after=zz-page").text
+    assert first.count("<li>") == 50
+    link = re.search(r'href="(/\?before=7&amp;after=(zz-page\d+)#runs)">More runs', first)
+    assert link[2] == seen[49]
+    last = server.client.get(f"/?after={seen[99]}").text
+    assert last.count("<li>") == 20
+    assert "More runs" not in last
+    assert "No run yet" not in server.client.get("/?after=zzz").text
+
+
+def test_a_full_last_page_leads_to_no_empty_one_and_no_number_is_too_large(server: Server) -> None:
+    for _ in range(2):
+        ask = {"recipe": "train", "config": "python", "run": "last-page"}
+        job = server.client.post("/api/v1/jobs", json=ask).json()["id"]
+        server.client.post(f"/api/v1/jobs/{job}/cancel", json={})
+
+    def page(**query: int) -> dict:
+        return server.client.get("/api/v1/jobs", params={"state": "cancelled", **query}).json()
+
+    count = len(page(limit=200)["jobs"])
+    assert (len(page(limit=count)["jobs"]), page(limit=count)["before"]) == (count, None)
+    first = page(limit=count - 1)
+    assert len(page(limit=count, before=first["before"])["jobs"]) == 1
+    for path in (f"/?before={10**20}", f"/api/v1/jobs?before={10**20}"):
+        assert server.client.get(path).status_code == 422
+    assert server.client.get(f"/api/v1/jobs?before={2**63 - 1}").status_code == 200
+
+
+def test_many_jobs_are_viewed_with_one_look_for_a_worker(tmp_path: Path, monkeypatch) -> None:
+    looks = []
+
+    class Looked(OneWorker):
+        def __init__(self, runs: Path):
+            looks.append(runs)
+            super().__init__(runs)
+
+    monkeypatch.setattr("bridges.service.follow.OneWorker", Looked)
+    shown = views(tmp_path, [(Job.new(f"run{i}", "train"), Status()) for i in range(50)])
+    assert {own.waits for own in shown} == {NO_WORKER}
+    assert len(looks) == 1
 
 
 def test_a_server_goes_on_with_an_index_that_was_removed(server: Server) -> None:
@@ -176,6 +256,16 @@ def test_a_job_that_an_engine_has_is_shown_and_left_to_it(server: Server) -> Non
     page = server.client.get(f"/jobs/{job.id}").text
     assert "slurm has this job" in page
     assert "writes no losses" in page
+    for i in range(50):  # more than a page has
+        other = Job.new(f"farther{i}", "extract")
+        JobFolder(server.runs, other.run, other.id).write_job(other)
+        write_json(JobFolder(server.runs, other.run, other.id).engine, {"engine": "slurm", "engine_id": "1"})
+    assert re.search(r"50 of \d+, newest first, as their files say", server.client.get("/").text)
+    listed = server.client.get("/api/v1/jobs?limit=200").json()
+    assert job.id in [own["id"] for own in listed["handed_over"]]
+    assert listed["of_handed_over"] == len(listed["handed_over"])
+    assert server.client.get("/api/v1/jobs?state=done").json()["handed_over"] == []
+    assert server.client.get("/api/v1/jobs?before=1").json()["handed_over"] == []
     answer = server.client.post(f"/api/v1/jobs/{job.id}/cancel", json={})
     assert answer.status_code == 400
     assert f"sparsebridge cancel {job.id}" in answer.json()["error"]
@@ -277,8 +367,52 @@ def test_what_is_absent_and_what_lies_elsewhere_answer_alike(server: Server) -> 
     answers = {path: server.client.get(path) for path in paths}
     assert {answer.status_code for answer in answers.values()} == {404}, answers
     assert len({answer.text for answer in answers.values()}) == 1
-    assert "link" not in [run["run"] for run in server.client.get("/api/v1/runs").json()]
-    assert 'href="/runs/link"' not in server.client.get("/").text
+    shown = server.client.get("/api/v1/runs?after=lin").json()["runs"]
+    assert "links" in [run["run"] for run in shown]
+    assert "link" not in [run["run"] for run in shown]
+    assert 'href="/runs/link"' not in server.client.get("/?after=lin").text
+
+
+def test_no_file_is_read_or_written_through_a_link_that_leads_elsewhere(server: Server) -> None:
+    outside = server.home / "outside"
+    (outside / "jobs").mkdir(parents=True)
+    (outside / "evaluation.json").write_text('{"of": "another"}')
+    (outside / "metrics.jsonl").write_text('{"step": 1, "ce": 0.5}\n')
+    (outside / "log.txt").write_text("another's log\n")
+    progress = {"what": "another", "done": 1, "total": 2, "elapsed": "", "left": "", "values": {}}
+    (outside / "progress.json").write_text(json.dumps(progress))
+    job = Job.new("leads", "train")
+    folder = JobFolder(server.runs, "leads", job.id)
+    folder.write_job(job)
+    folder.write_status(Status(state="done"))
+    for link in (folder.log, folder.progress, *(server.runs / "leads" / f"{name}" for name in
+                 ("evaluation.json", "metrics.jsonl"))):  # fmt: skip
+        link.symlink_to(outside / link.name)
+    (server.runs / "leads-out").symlink_to(outside)
+    (server.runs / "leads-within").mkdir()
+    (server.runs / "leads-within" / "jobs").symlink_to(outside / "jobs")
+    reindex(server.runs)
+    away = Job.new("leads-away", "train")
+    folder = JobFolder(server.home / "runs3", "away", away.id)
+    folder.write_job(away)
+    write_json(folder.engine, {"engine": "slurm", "engine_id": "1"})
+    (server.runs / "leads-away").symlink_to(server.home / "runs3" / "away")
+    assert server.client.get(f"/api/v1/jobs/{away.id}").status_code == 404
+    assert away.id not in server.client.get("/api/v1/jobs?limit=200").text
+    assert server.client.get("/api/v1/runs/leads").json()["evaluation"] is None
+    assert server.client.get(f"/api/v1/jobs/{job.id}").json()["progress"] is None
+    events = server.client.get(f"/api/v1/jobs/{job.id}/events").text
+    assert "event: end" in events
+    assert "event: log" not in events
+    assert "event: metrics" not in events
+    for name in ("leads-out", "leads-within"):
+        ask = {"recipe": "train", "config": "python", "run": name}
+        answer = server.client.post("/api/v1/jobs", json=ask)
+        assert answer.status_code == 400
+        assert f"run '{name}': its folder leads elsewhere" in answer.json()["error"]
+    for name in ("leads-out", "%2e%2e", "..%2foutside"):
+        assert server.client.post(f"/api/v1/runs/{name}/sessions", json={}).status_code == 404
+    assert list((outside / "jobs").iterdir()) == []
 
 
 def test_the_committed_openapi_file_is_what_the_code_says(server: Server) -> None:

@@ -1,11 +1,14 @@
 """Nobody comes in: what tests/bridges/test_service_guard.py asks, asked of `sparsebridge serve` itself."""
 
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from bridges.cli import main
 from tests.bridges.test_service_guard import CHANGES, METHODS, TOKEN, bad_hosts, push
 from tests.bridges.test_service_guard import Server as Asked
 from tests.recipes.service_server import Server, httpx, make_home, start
@@ -153,6 +156,47 @@ def test_the_link_it_prints_opens_the_pages_once(locked: Server) -> None:
         assert browser.get("/").status_code == 200
     with httpx.Client(base_url=locked.address, follow_redirects=True) as other:
         assert other.get(locked.link).status_code == 401
+
+
+def test_the_token_makes_further_links_and_a_cookie_does_not(locked: Server, monkeypatch, capsys) -> None:
+    words = ["link", "--server", locked.address]
+    monkeypatch.delenv("SPARSEBRIDGE_TOKEN", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "wants its token: give --token_file" in capsys.readouterr().err
+    links = []
+    for _ in range(2):
+        main([*words, "--token_file", str(locked.home / "token")])
+        links.append(capsys.readouterr().out.strip())
+    assert len(set(links)) == 2
+    for link in links:  # each good for one browser
+        with httpx.Client(base_url=locked.address, follow_redirects=True) as browser:
+            code = link.partition("/?")[2]
+            assert "<h1>Jobs and runs</h1>" in browser.get(f"/?{code}").text
+            assert browser.post("/api/v1/jobs", json={}).status_code == 422  # it is let in
+            assert browser.post("/api/v1/links", json={}).status_code == 401
+            assert browser.post("/api/v1/links/", json={}).status_code == 401
+    door = Door(locked)
+    bearer = ("Authorization", f"Bearer {TOKEN}")
+    assert door.ask("POST", "/api/v1/links", bearer, body=b"{}").status == 403  # as a form could send it
+    door.ask("POST", "/api/v1/links", TYPED, ("Authorization", "Bearer x"), body=b"{}").assert_refused(401)
+
+
+def test_without_a_token_the_link_is_the_address_and_no_server_is_one_line(server: Server, capsys) -> None:
+    main(["link", "--server", f"{server.address}/"])
+    assert capsys.readouterr().out == f"{server.address}/\n"
+    other = socket.create_server(("127.0.0.1", 0))  # of another kind
+    threading.Thread(target=lambda: other.accept()[0].sendall(b"220 mail\r\n"), daemon=True).start()
+    mail = f"http://127.0.0.1:{other.getsockname()[1]}"
+    for address, code, why in ((mail, "4", "no sparsebridge answers"),
+                               ("http://127.0.0.1:1", "4", "no sparsebridge answers"),
+                               ("file:///etc", "2", "an address as the server printed it"),
+                               (f"{server.address}/runs", "4", "answered 404")):  # fmt: skip
+        with pytest.raises(SystemExit, match=code):
+            main(["link", "--server", address])
+        said = capsys.readouterr().err
+        assert why in said
+        assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
