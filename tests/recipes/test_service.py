@@ -226,7 +226,7 @@ def test_many_jobs_are_viewed_with_one_look_for_a_worker(tmp_path: Path, monkeyp
             super().__init__(runs)
 
     monkeypatch.setattr("bridges.service.follow.OneWorker", Looked)
-    shown = views(tmp_path, [(Job.new(f"run{i}", "train"), Status()) for i in range(50)])
+    shown = views(Queue(tmp_path), [(Job.new(f"run{i}", "train"), Status()) for i in range(50)])
     assert {own.waits for own in shown} == {NO_WORKER}
     assert len(looks) == 1
 
