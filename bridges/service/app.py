@@ -18,7 +18,8 @@ from bridges.service.follow import JobView
 from bridges.service.guard import LINKS, Absent, contained
 from bridges.service.jobs import State
 from bridges.service.pages import PAGE, After, Before, add_pages, error_page
-from bridges.service.queue import NoSuchJob, Queue
+from bridges.service.queue import Queue
+from bridges.service.rows import NoSuchJob
 from bridges.service.session_routes import add_session_routes
 from bridges.service.sessions import Sessions
 from extractor.artifacts import read_json

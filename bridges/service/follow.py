@@ -21,8 +21,9 @@ from bridges.drawing import visible
 from bridges.service.circuit_files import circuit_files
 from bridges.service.guard import Absent, contained, is_id
 from bridges.service.jobs import ENDED, Job, JobFolder, State, Status
-from bridges.service.queue import NoSuchJob, Queue
+from bridges.service.queue import Queue
 from bridges.service.redact import redact
+from bridges.service.rows import NoSuchJob
 from bridges.service.runners import engine_name, handed_over
 from bridges.service.serve import OneWorker
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bridges.service.jobs import ENDED, Job, JobFolder, Status
-from bridges.service.queue import Lease
+from bridges.service.rows import Lease
 from bridges.service.worker import Worker, WorkerConfig
 from extractor.errors import UsageError
 

@@ -15,52 +15,22 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bridges.service.jobs import Job, JobFolder, State, Status, job_folders
+from bridges.service.rows import SCHEMA, Lease, existing, held, insert, job_of, status_of, update
 from extractor.errors import InputError, MachineError, UsageError
 
 FILE = ".sparsebridge.sqlite"
 PATIENCE = 30.0  # seconds to wait for another process's write
 SILENCE = 60.0  # seconds after its lease until a worker is said to be gone
 NO_JOB_S_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    run TEXT NOT NULL, recipe TEXT NOT NULL, arguments TEXT NOT NULL,
-    created REAL NOT NULL, idempotency_key TEXT,
-    state TEXT NOT NULL CHECK (state IN ('queued', 'running', 'done', 'failed', 'cancelled')),
-    attempt INTEGER NOT NULL, fruitless INTEGER NOT NULL, progress TEXT NOT NULL,
-    is_cancelling INTEGER NOT NULL, exit_code INTEGER, reason TEXT NOT NULL, started REAL, ended REAL,
-    owner TEXT, host TEXT, lease_until REAL
-);
-CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, run, number);
-"""
-STATUS = tuple(Status.__dataclass_fields__)
-
-
-class NoSuchJob(InputError):
-    """There is no job of this id."""
 
 
 class IndexBusy(MachineError):
     """The index is whole, but another process writes in it for longer than is waited."""
-
-
-@dataclass(frozen=True)
-class Lease:
-    """A job that is this worker's, until it loses it."""
-
-    job: Job
-    status: Status
-    owner: str
-
-    @property
-    def attempt(self) -> int:
-        return self.status.attempt
 
 
 class Queue:
@@ -120,7 +90,7 @@ class Queue:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._reading() as db:
-            db.execute("BEGIN IMMEDIATE")
+            _begin(db)
             try:
                 yield db
                 db.execute("COMMIT")
@@ -140,13 +110,13 @@ class Queue:
         with self._transaction() as db:
             row = db.execute("SELECT * FROM jobs WHERE id = ?", (job.id,)).fetchone()
             if row is not None:
-                if _job(row).wanted != job.wanted:
+                if job_of(row).wanted != job.wanted:
                     raise _taken(job, "it was used for another request")
-                return _job(row)
+                return job_of(row)
             if any(self.runs.glob(f"*/jobs/{job.id}/engine.json")):
                 raise _taken(job, "another engine has its job")
             JobFolder(self.runs, job.run, job.id).write_job(job)
-            _insert(db, job, Status())
+            insert(db, job, Status())
         return job
 
     @contextmanager
@@ -160,20 +130,20 @@ class Queue:
     def cancel(self, job_id: str) -> Status:
         """A queued job ends at once; a running one is asked to write a checkpoint and stop."""
         with self._transaction() as db:
-            row = _existing(db, job_id)
-            status = _status(row)
+            row = existing(db, job_id)
+            status = status_of(row)
             if status.state == "queued":
                 status = status.after(state="cancelled", reason="cancelled")
             elif status.state == "running":
                 status = replace(status, is_cancelling=True)
-            self._write(db, row["number"], _job(row), status)
+            self._write(db, row["number"], job_of(row), status)
         return status
 
     def get(self, job_id: str) -> tuple[Job, Status]:
         """Raises NoSuchJob where there is none of this id."""
         with self._reading() as db:
-            row = _existing(db, job_id)
-        return _job(row), _status(row)
+            row = existing(db, job_id)
+        return job_of(row), status_of(row)
 
     def lost_to(self, job_id: str) -> str | None:
         """The host of a running job's worker that has been silent for long, and may never come back."""
@@ -206,7 +176,7 @@ class Queue:
         query = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?"
         with self._reading() as db:
             rows = db.execute(query, (*values, limit)).fetchall()
-        return [(row["number"], _job(row), _status(row)) for row in rows]
+        return [(row["number"], job_of(row), status_of(row)) for row in rows]
 
     # --- what workers do ---------------------------------------------------------------------------------
 
@@ -226,7 +196,7 @@ class Queue:
                 ).fetchone()
                 if row is None:
                     return None
-                job, status = _job(row), _status(row)
+                job, status = job_of(row), status_of(row)
                 status = replace(status, state="running", attempt=status.attempt + 1, started=now)
                 folder = JobFolder(self.runs, job.run, job.id)
                 try:
@@ -238,37 +208,37 @@ class Queue:
                     if error.errno in NO_JOB_S_FAULT:
                         raise
                     reason = f"its run folder cannot be written ({error.strerror})"
-                    _update(db, row["number"], status.after(state="failed", reason=reason))
+                    update(db, row["number"], status.after(state="failed", reason=reason))
             db.execute(
                 "UPDATE jobs SET owner = ?, host = ?, lease_until = ? WHERE number = ?",
                 (owner, socket.gethostname(), now + seconds, row["number"]),
             )
-            _update(db, row["number"], status)
+            update(db, row["number"], status)
         return Lease(job, status, owner)
 
     def renew(self, lease: Lease, seconds: float) -> Status | None:
         """Keep the job for longer; None: it is another's now."""
         with self._transaction() as db:
-            row = _held(db, lease)
+            row = held(db, lease)
             if row is None:
                 return None
             until = time.time() + seconds
             db.execute("UPDATE jobs SET lease_until = ? WHERE number = ?", (until, row["number"]))
-            return _status(row)
+            return status_of(row)
 
     def write(self, lease: Lease, **changes: Any) -> Lease | None:
         """Write fields of the job's status, `state` among them; None: the job is another's now."""
         with self._transaction() as db:
-            row = _held(db, lease)
+            row = held(db, lease)
             if row is None:
                 return None
-            status = _status(row).after(**changes)
+            status = status_of(row).after(**changes)
             self._write(db, row["number"], lease.job, status)
         return replace(lease, status=status)
 
     def _write(self, db: sqlite3.Connection, number: int, job: Job, status: Status) -> None:
         """The index decides: where the file cannot be written, the queue goes on."""
-        _update(db, number, status)
+        update(db, number, status)
         with suppress(OSError):
             JobFolder(self.runs, job.run, job.id).write_status(status)
 
@@ -286,7 +256,7 @@ class Queue:
             if anew:
                 # Of these the index has the last word: a file may not have taken it.
                 rows = db.execute("SELECT * FROM jobs WHERE ended IS NOT NULL")
-                ended = {row["id"]: _status(row) for row in rows}
+                ended = {row["id"]: status_of(row) for row in rows}
                 db.execute("DELETE FROM jobs WHERE state != 'running' OR lease_until < ?", (time.time(),))
             known = {row["id"] for row in db.execute("SELECT id FROM jobs")}
             for folder in job_folders(self.runs):
@@ -298,7 +268,7 @@ class Queue:
             for job, status in sorted(found, key=lambda own: (own[0].created, own[0].id)):
                 if job.id not in known:
                     status = status.after(state="queued") if status.state == "running" else status
-                    _insert(db, job, ended.get(job.id, status))
+                    insert(db, job, ended.get(job.id, status))
         return damaged
 
     def count(self) -> int:
@@ -349,8 +319,7 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        if _is_busy(error):
             raise IndexBusy(f"another process holds the index '{path}' ({error}); try again") from None
         raise MachineError(f"the index '{path}' cannot be used ({error})") from None
     except sqlite3.DatabaseError as error:
@@ -359,41 +328,26 @@ def _told(path: Path) -> Iterator[None]:
         ) from None
 
 
+def _begin(db: sqlite3.Connection) -> None:
+    """BEGIN IMMEDIATE, asked for every few milliseconds: SQLite itself sleeps up to a tenth of a second
+    between two looks, and where others write all the time can miss every gap for longer than PATIENCE."""
+    deadline = time.monotonic() + PATIENCE
+    db.execute("PRAGMA busy_timeout = 5")
+    try:
+        while True:
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                if not _is_busy(error) or time.monotonic() > deadline:
+                    raise
+    finally:
+        db.execute(f"PRAGMA busy_timeout = {1000 * PATIENCE:.0f}")
+
+
+def _is_busy(error: Exception) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
 def _taken(job: Job, why: str) -> UsageError:
     return UsageError(f"idempotency key {job.idempotency_key!r}: {why}; take a new one")
-
-
-def _insert(db: sqlite3.Connection, job: Job, status: Status) -> None:
-    own = {**asdict(job), **asdict(status), "arguments": "\0".join(job.arguments)}
-    columns = ", ".join(own)
-    db.execute(f"INSERT INTO jobs ({columns}) VALUES ({', '.join('?' * len(own))})", tuple(own.values()))
-
-
-def _update(db: sqlite3.Connection, number: int, status: Status) -> None:
-    own = asdict(status)
-    changes = ", ".join(f"{name} = ?" for name in own)
-    db.execute(f"UPDATE jobs SET {changes} WHERE number = ?", (*own.values(), number))
-
-
-def _existing(db: sqlite3.Connection, job_id: str) -> sqlite3.Row:
-    row = db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
-    if row is None:
-        raise NoSuchJob("no such job; `sparsebridge jobs` lists them")
-    return row
-
-
-def _held(db: sqlite3.Connection, lease: Lease) -> sqlite3.Row | None:
-    return db.execute(
-        "SELECT * FROM jobs WHERE id = ? AND state = 'running' AND owner = ? AND attempt = ?",
-        (lease.job.id, lease.owner, lease.attempt),
-    ).fetchone()
-
-
-def _job(row: sqlite3.Row) -> Job:
-    own = {name: row[name] for name in Job.__dataclass_fields__}
-    arguments = tuple(row["arguments"].split("\0")) if row["arguments"] else ()
-    return Job(**own | {"arguments": arguments})
-
-
-def _status(row: sqlite3.Row) -> Status:
-    return Status(**{name: row[name] for name in STATUS} | {"is_cancelling": bool(row["is_cancelling"])})

@@ -23,8 +23,9 @@ from bridges.service import processes
 from bridges.service.child import BUSY
 from bridges.service.jobs import JobFolder, State, names_digest
 from bridges.service.log_pump import LogPump
-from bridges.service.queue import Lease, Queue
+from bridges.service.queue import Queue
 from bridges.service.redact import Redactor
+from bridges.service.rows import Lease
 from extractor.config import Config
 
 MISTAKES = (2, 3, 4, 5)  # exit codes of a recipe that the same command would end in again
