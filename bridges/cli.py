@@ -1,7 +1,8 @@
 """The command `sparsebridge`: what an auditor does beside the recipes, which are started by their files.
 
     sparsebridge doctor | check | verify | replay | diff | sign                        (each with --help)
-    sparsebridge serve | link | submit | jobs | logs | cancel | worker | gc | reindex | desk (bridges.service)
+    sparsebridge serve | link | submit | jobs | logs | cancel | runs | worker | gc | reindex | desk
+                                                                                        (bridges.service)
 
 Every sub-command is imported when it is run: torch takes seconds, and `doctor` must run where torch does not.
 """

@@ -1,6 +1,6 @@
 """The service's commands for a terminal: whatever a page can do, one of these does.
 
-sparsebridge serve | link | submit | jobs | logs | cancel | worker | gc | reindex | desk
+sparsebridge serve | link | submit | jobs | logs | cancel | runs | worker | gc | reindex | desk
 """
 
 import argparse
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 DAY = 86400.0
 LOOK = 10.0  # seconds between two questions to an engine
 WORKER = ("lease", "grace", "attempts", "max_attempts", "launcher")
+
+
+MANY = 1_000_000  # run folders
 
 
 def _queue(runs: Path) -> "Queue":
@@ -144,6 +147,31 @@ def cancel(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def runs(arguments: argparse.Namespace) -> int:
+    from bridges.service import circuit_files, follow
+
+    if not arguments.runs.is_dir():
+        raise InputError(f"no folder of runs at '{arguments.runs}'")
+    if arguments.name is None:
+        found = [follow.summary(path) for path in follow.run_page(arguments.runs, MANY)[0]]
+        lines = [("run", "student", "circuits", "edits", "report")]
+        for own in found:
+            report = str(arguments.runs / own["run"] / "report.html") if own["has_report"] else "-"
+            sizes = (str(len(own[name])) for name in ("circuits", "edits"))
+            lines.append((own["run"], "yes" if own["has_student"] else "no", *sizes, report))
+    elif not follow.is_folder(arguments.runs, arguments.name):
+        raise InputError(f"run '{arguments.name}': there is none; `sparsebridge runs` lists them")
+    else:
+        found = circuit_files.rows(arguments.runs / arguments.name)
+        lines = [("circuit", "nodes", "edges", "loss", "verdict")]
+        for own in found:
+            loss = f"{own['loss']:.3f}" if isinstance(own.get("loss"), int | float) else "-"
+            word = own.get("damaged") or (own["verdict"] or {}).get("word", "not judged")
+            lines.append((own["task"], str(own.get("nodes", "-")), str(own.get("edges", "-")), loss, word))
+    sys.stdout.write(json.dumps(found, indent=1) + "\n" if arguments.json else follow.aligned(lines))
+    return 0
+
+
 def worker(arguments: argparse.Namespace) -> int:
     from bridges.service.queue import Queue
     from bridges.service.serve import OneWorker
@@ -264,8 +292,15 @@ def add_commands(command) -> None:
     )
     reading.add_argument("job")
     reading.add_argument("-f", "--follow", action="store_true", help="until the job has ended")
-    cancelling = command("cancel", cancel, "Cancel a job: it writes a checkpoint first. Exit code 0, or 3.")
+    cancelling = command(
+        "cancel", cancel, "Cancel a job: training writes a checkpoint first. Exit code 0, or 3."
+    )
     cancelling.add_argument("job")
+    looking = command(
+        "runs", runs, "List run folders: what each holds; or one's circuits and verdicts. Exit code 0, or 3."
+    )
+    looking.add_argument("name", nargs="?", metavar="RUN", help="of a run folder")
+    looking.add_argument("--json", action="store_true", help="print JSON instead of text")
     working = command(
         "worker", worker, "Run queued jobs: one at a time, until stopped; the job then writes a checkpoint, "
         "and is queued again. Exit code 0, or 4 where a worker works here already.",
@@ -288,7 +323,7 @@ def add_commands(command) -> None:
         "not meet the limits.",
     )  # fmt: skip
     _add_desk(asking)
-    for parser in (serving, submitting, listing, reading, cancelling, working, cleaning, again):
+    for parser in (serving, submitting, listing, reading, cancelling, looking, working, cleaning, again):
         parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders (runs)")
     for parser in (serving, working):
         parser.add_argument("--lease", type=float, help="seconds without a sign of life, then a job is lost")

@@ -253,13 +253,18 @@ def _event(kind: str, data: str, *seen: int) -> str:
 
 def as_table(views: list[JobView]) -> str:
     """Jobs as lines of text, for a terminal."""
-    lines = [("job", "run", "recipe", "state", "attempt", "progress", "reason")]
+    lines: list[tuple[str, ...]] = [("job", "run", "recipe", "state", "attempt", "progress", "reason")]
     for own in views:
         bar = own.progress if own.state == "running" else None
         text = "" if bar is None else f"{bar.what} {bar.done:g}/{bar.total:g}, {bar.left} left"
         reason = own.waits or " ".join(own.reason.split())[:80]
-        words = (own.id, own.run, own.recipe, own.state, str(own.attempt), text, reason)
-        lines.append(tuple(map(visible, words)))
+        lines.append((own.id, own.run, own.recipe, own.state, str(own.attempt), text, reason))
+    return aligned(lines)
+
+
+def aligned(lines: list[tuple[str, ...]]) -> str:
+    """Rows of words as columns, for a terminal."""
+    lines = [tuple(map(visible, line)) for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "".join(
         "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() + "\n"

@@ -103,7 +103,7 @@
       busy(event.target, async () => showJob(await ask("POST", `/api/v1/jobs/${root.dataset.id}/cancel`))));
   };
   const showJob = (job) => {
-    byId("state").textContent = job.is_cancelling ? "stopping: it writes a checkpoint" : job.state;
+    byId("state").textContent = job.is_cancelling ? "stopping: training writes a checkpoint first" : job.state;
     byId("reason").textContent = visible(job.reason);
     byId("waits").textContent = job.waits;
     byId("attempt").textContent = job.attempt;
