@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 
 DAY = 86400.0
 LOOK = 10.0  # seconds between two questions to an engine
-WORKER = ("lease", "grace", "attempts", "max_attempts", "launcher")
-
-
 MANY = 1_000_000  # run folders
+WORKER = ("lease", "grace", "attempts", "max_attempts", "launcher")
 
 
 def _queue(runs: Path) -> "Queue":
