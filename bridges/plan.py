@@ -35,6 +35,7 @@ from extractor.student import Student, StudentConfig
 # 0.82 s, on a core (EPYC, Zen 5) whose bf16 products were measured at 4.6e11 FLOP/s. Not measured on a GPU.
 GEMM_SHARE = 0.33
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+NEXT_TO_NO_TIME = 0.1  # seconds of a product, up to which a larger one is timed
 
 
 @dataclass(frozen=True)
@@ -210,15 +211,24 @@ def _pass_flops(blocks: nn.Module, head: Tensor, config: StudentConfig, context_
 
 
 def gemm_speed(bf16: bool) -> float:
-    """FLOP/s of a large square matrix product here: the best of a few, in some tenths of a second."""
+    """FLOP/s of a large square matrix product here: the best of a few, in a second at most.
+
+    Sizes grow as long as a product takes next to no time: a CPU without bf16 of its own takes seconds for a
+    large one.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = GEMM_SIZE[device]
-    matrix = torch.ones(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        matrix @ matrix
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    size = 256
+    while True:
+        matrix = torch.ones(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+        seconds = min(_product_seconds(matrix) for _ in range(5))
+        if size >= GEMM_SIZE[device] or seconds > NEXT_TO_NO_TIME:
+            return 2 * size**3 / seconds
+        size *= 2
+
+
+def _product_seconds(matrix: Tensor) -> float:
+    started = time.perf_counter()
+    matrix @ matrix
+    if matrix.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

@@ -80,7 +80,7 @@ def test_the_plan_takes_seconds_and_is_what_the_header_says(name: str) -> None:
         accumulation=config.gradient_accumulation_steps,
         bf16=True,
     )
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60  # seconds, also on a CPU that has no bf16 and other work
     assert found.dense_parameters == PARAMETERS[name]
     assert found.tokens == config.max_train_tokens
     header = (RECIPES / name / "train.yaml").read_text()
