@@ -168,6 +168,7 @@ class _Forward:
         self.counterfactual = counterfactual
         self.recorded = recorded
         self.addresses = addresses_of(edit)
+        self.by_difference = {i: c for i, c in enumerate(edit.crossings) if c.via == "difference"}
         self.presented: dict[str, Tensor] = {}
         self.differences: dict[int, Tensor] = {}  # of the student's stream, by number of the crossing
         self.caches: dict[int | None, DynamicCache] = {}  # of the student unchanged, and of each difference
@@ -194,9 +195,9 @@ class _Forward:
         self, recorded: Mapping[str, Tensor], tokens: Tensor, inputs: Mapping[str, Any]
     ) -> None:
         """What the student would give for these tokens, from a run of it elsewhere."""
-        starts = {number: self.live.site_before(crossing) for number, crossing, _ in self._differences()}
-        needed = self.addresses | {str(site) for site in starts.values()}
-        needed |= {str(crossing.site) for _, crossing, _ in self._differences()}
+        starts = {number: self.live.site_before(crossing) for number, crossing in self.by_difference.items()}
+        sites = [*starts.values(), *(crossing.site for crossing in self.by_difference.values())]
+        needed = self.addresses.union(map(str, sites))
         if missing := needed - recorded.keys():
             raise UsageError(f"presented: no activations at {min(missing)}")
         self.presented |= {address: recorded[address] for address in self.addresses}
@@ -206,9 +207,10 @@ class _Forward:
                 "presented: the activations are not of the whole prompts of this forward; leave them out "
                 "where tokens are generated"
             )
-        for number, crossing, one in self._differences():
+        for number, crossing in self.by_difference.items():
             start, site = starts[number], str(crossing.site)
             begin = {"start": start, "resid": recorded[str(start)]}
+            one = self._tap_of(crossing)
             changed = run_until(self.live.student, {site}, tokens, tap=one, **begin, **inputs)
             self.differences[number] = changed[site] - recorded[site]
 
@@ -216,16 +218,13 @@ class _Forward:
     def _run_student(self, ids: Tensor, inputs: Mapping[str, Any]) -> None:
         plain = self._student(None, ids, inputs, no_tap)
         self.presented |= plain
-        for number, crossing, one in self._differences():
-            site = str(crossing.site)
+        for number, crossing in self.by_difference.items():
+            site, one = str(crossing.site), self._tap_of(crossing)
             self.differences[number] = self._student(number, ids, inputs, one)[site] - plain[site]
 
-    def _differences(self) -> Iterator[tuple[int, Crossing, Tap]]:
-        """What crosses by a difference of student runs, with the tap of its change alone."""
-        for number, crossing in enumerate(self.edit.crossings):
-            if crossing.via == "difference":
-                change = Intervention((crossing.change,))
-                yield number, crossing, InterventionTap(change, self.positions, self.counterfactual)
+    def _tap_of(self, crossing: Crossing) -> Tap:
+        """One crossing's change alone."""
+        return InterventionTap(Intervention((crossing.change,)), self.positions, self.counterfactual)
 
     def _student(
         self, run: int | None, ids: Tensor, inputs: Mapping[str, Any], tap: Tap
@@ -239,7 +238,7 @@ class _Forward:
                 "the student has not read the tokens in the dense model's cache; enter applied() before the "
                 "prompt, and use source bridge where a cache is cropped or reordered"
             )
-        sites = {str(crossing.site) for _, crossing, _ in self._differences()}
+        sites = {str(crossing.site) for crossing in self.by_difference.values()}
         # The first attention is always run: its cache counts the tokens read.
         wanted = {*self.addresses, *sites, "0.attn.resid_delta"}
         options = {CACHE_NAME: cache, "use_cache": True, "logits_to_keep": 1}

@@ -28,9 +28,14 @@ def _queue(runs: Path) -> "Queue":
     """Raises InputError where there is no such folder: who only looks makes none."""
     from bridges.service.queue import Queue
 
+    return Queue(_there(runs))
+
+
+def _there(runs: Path) -> Path:
+    """Raises InputError where there is no such folder."""
     if not runs.is_dir():
         raise InputError(f"no folder of runs at '{runs}'; give --runs, or submit a job")
-    return Queue(runs)
+    return runs
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -148,10 +153,9 @@ def cancel(arguments: argparse.Namespace) -> int:
 def runs(arguments: argparse.Namespace) -> int:
     from bridges.service import circuit_files, follow
 
-    if not arguments.runs.is_dir():
-        raise InputError(f"no folder of runs at '{arguments.runs}'")
+    folder = _there(arguments.runs)
     if arguments.name is None:
-        found = [follow.summary(path) for path in follow.run_page(arguments.runs, MANY)[0]]
+        found = [follow.summary(path) for path in follow.run_page(folder, MANY)[0]]
         lines = [("run", "student", "circuits", "edits", "report")]
         for own in found:
             report = str(arguments.runs / own["run"] / "report.html") if own["has_report"] else "-"

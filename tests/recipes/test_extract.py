@@ -8,7 +8,7 @@ import pytest
 
 from extractor.circuit import Circuit
 from extractor.compact import CompactStudent
-from tests.recipes.test_recipes import EXTRACT, TRAIN, run_in_process, start
+from tests.recipes.test_recipes import EXTRACT, TRAIN, run_in_process, start_two
 
 ALL = [
     *EXTRACT, "--curve", "true", "--describe", "true", "--describe_blocks", "4", "--export", "true",
@@ -93,10 +93,7 @@ def test_two_processes_find_what_one_finds(
     """Tasks, and the dense model's searches, are shared out: the same circuits, sizes and tables."""
     other = shutil.copytree(run, tmp_path / "two")
     arguments = [*EXTRACT, *COMPARE, "--curve", "true", "--dense.path", str(tiny_checkpoint)]
-    process = start(
-        "accelerate", "launch", "--config_file", "recipes/accelerate/cpu2.yaml", "recipes/extract.py",
-        *arguments, "--run", other,
-    )  # fmt: skip
+    process = start_two("extract", *arguments, "--run", other)
     run_in_process(monkeypatch, "extract", *arguments, "--run", run)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-2000:]

@@ -88,6 +88,12 @@ def start(*command: object, **environment: str) -> subprocess.Popen:
     )
 
 
+def start_two(recipe: str, *arguments: object) -> subprocess.Popen:
+    """A recipe on two gloo processes."""
+    two = ("accelerate", "launch", "--config_file", "recipes/accelerate/cpu2.yaml")
+    return start(*two, f"recipes/{recipe}.py", *arguments)
+
+
 def metrics_of(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -395,10 +401,9 @@ def test_two_processes_equal_one(placement: str, tiny_checkpoint, tmp_path, monk
     """Half the batch on each of two gloo processes: the same losses and the same weights."""
     one, two = tmp_path / "one", tmp_path / "two"
     shared = ["--dense.path", str(tiny_checkpoint), *TRAIN]
-    process = start(
-        "accelerate", "launch", "--config_file", "recipes/accelerate/cpu2.yaml", "recipes/train.py",
-        *shared, "--run", two, "--per_device_train_batch_size", "2", "--dense.placement", placement,
-    )  # fmt: skip
+    process = start_two(
+        "train", *shared, "--run", two, "--per_device_train_batch_size", "2", "--dense.placement", placement
+    )
     run_in_process(monkeypatch, "train", *shared, "--run", one)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-2000:]
