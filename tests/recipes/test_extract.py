@@ -10,11 +10,12 @@ from extractor.circuit import Circuit
 from extractor.compact import CompactStudent
 from tests.recipes.test_recipes import EXTRACT, TRAIN, run_in_process, start_two
 
+# About chance: some nodes will do.
+REACHED = ["--prune.target_loss", "1.7", "--prune.selection_frac", "0.407"]
 ALL = [
     *EXTRACT, "--curve", "true", "--describe", "true", "--describe_blocks", "4", "--export", "true",
     "--peers.enabled", "true", "--peers.pairs", "4", "--peers.path_steps", "2", "--prune.seeds", "[0, 1]",
-    "--prune.refine.enabled", "true", "--prune.refine.steps", "5",
-    "--prune.target_loss", "1.7", "--prune.selection_frac", "0.407",  # about chance: some nodes will do
+    "--prune.refine.enabled", "true", "--prune.refine.steps", "5", *REACHED,
 ]  # fmt: skip
 
 
@@ -92,13 +93,14 @@ def test_two_processes_find_what_one_finds(
 ) -> None:
     """Tasks, and the dense model's searches, are shared out: the same circuits, sizes and tables."""
     other = shutil.copytree(run, tmp_path / "two")
-    arguments = [*EXTRACT, *COMPARE, "--curve", "true", "--dense.path", str(tiny_checkpoint)]
+    arguments = [*EXTRACT, *REACHED, *COMPARE, "--curve", "true", "--dense.path", str(tiny_checkpoint)]
     process = start_two("extract", *arguments, "--run", other)
     run_in_process(monkeypatch, "extract", *arguments, "--run", run)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-2000:]
     for task in ("with_as", "bracket_paren"):
         one, two = (Circuit.load(folder / "circuits" / f"{task}.json") for folder in (run, other))
+        assert one.nodes, task
         assert one == two, task  # nodes, edges, and every figure of the evidence
     for name in ("circuits.md", "circuits-dense.md", "circuits-dense.json"):
         assert (run / name).read_text() == (other / name).read_text()
