@@ -61,28 +61,38 @@ class WeightSparsifier:
     the whole matrix is gathered, so that the k largest are those of the matrix and not of a shard.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: SparsityConfig, num_steps: int):
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: SparsityConfig,
+        num_steps: int,
+        starts: Mapping[str, float] | None = None,
+    ):
         """Takes the sparse matrices and, for `bias_density`, the biases; other names are left alone.
+
+        `starts` are the densities that a student which is sparse already has; without, all start at 1.
 
         Raises:
             InputError: a floor of weights per neuron that its matrix has no room for.
         """
         self.config = config
         self.num_steps = num_steps
+        self.starts = starts or {}
         self.parameters = {name: p for name, p in parameters.items() if self._target(name, p) is not None}
         if config.min_weights_per_neuron:
             for name, parameter in self.parameters.items():
                 self._check_floor(name, parameter)
 
     def density(self, step: int) -> float:
-        """Density asked for after `step` optimiser steps."""
-        return anneal(self.config, self.config.density, step, self.num_steps)
+        """Density asked for after `step` optimiser steps, of what starts densest."""
+        start = max((self.starts.get(name, 1.0) for name in self.parameters), default=1.0)
+        return anneal(self.config, self.config.density, step, self.num_steps, start)
 
     def num_kept(self, name: str, step: int) -> int:
         """Nonzeros that a parameter holds after `step` steps."""
         parameter = self.parameters[name]
-        target = self._target(name, parameter)
-        return num_kept(parameter.numel(), anneal(self.config, target, step, self.num_steps))
+        target, start = self._target(name, parameter), self.starts.get(name, 1.0)
+        return num_kept(parameter.numel(), anneal(self.config, target, step, self.num_steps, start))
 
     @torch.no_grad()
     def project_(self, step: int) -> float:
@@ -144,13 +154,17 @@ def floor_axis(name: str) -> int | None:
     return 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else None
 
 
-def anneal(config: SparsityConfig, target: float, step: int, num_steps: int) -> float:
-    """A share that falls from 1 to `target` over the first `anneal_frac` of the steps."""
+def anneal(config: SparsityConfig, target: float, step: int, num_steps: int, start: float = 1.0) -> float:
+    """A share that falls from `start` to `target` over the first `anneal_frac` of the steps.
+
+    One that starts below its target is at its target from the beginning.
+    """
+    start = max(start, target)
     anneal_steps = config.anneal_frac * num_steps
     progress = 1.0 if anneal_steps == 0 else min(1.0, step / anneal_steps)
     if config.anneal_shape == "linear":
-        return 1 - progress * (1 - target)
-    return math.exp(progress * math.log(target))
+        return start - progress * (start - target)
+    return start * math.exp(progress * math.log(target / start))
 
 
 def num_kept(size: int, density: float) -> int:

@@ -13,6 +13,7 @@ Killed, the same command resumes from the last checkpoint and ends in the same w
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -40,10 +41,12 @@ from bridges.evaluate import (
 from bridges.hub import resolve_folder
 from bridges.plan import describe, plan
 from bridges.run_models import run_text
-from bridges.warm_start import StudentShape, make_student
+from bridges.start import check_goes_on, make_start, shape_of
+from bridges.warm_start import StudentShape
 from extractor.artifacts import (
     SCHEMA_VERSION,
     claim_run_folder,
+    fingerprint,
     remove_folder,
     replace_folder,
     update_manifest,
@@ -86,6 +89,9 @@ class TrainConfig(Config):
     dense: DenseConfig = DenseConfig()
     run: Path = Path("runs/python")
     """The run folder; must be new, or hold a run of the same config, which is then resumed."""
+    from_run: Path | None = None
+    """A finished run of the same dense model to go on from: density falls from its student's, and
+    `student.*` is taken from it. Without, the student is made of the dense model."""
     data: DataConfig = DataConfig()
     student: StudentShape = StudentShape()
     rotation: RotationConfig = RotationConfig()
@@ -122,6 +128,9 @@ class TrainConfig(Config):
 
 
 def main(config: TrainConfig) -> None:
+    if config.from_run is not None:
+        check_goes_on(config.from_run, config.student, config.sparsity)
+        config = config.model_copy(update={"student": shape_of(config.from_run)})
     if config.dry_run:
         return show_plan(config)
     use_all_cores()
@@ -140,6 +149,8 @@ def main(config: TrainConfig) -> None:
     train, held_out = run_text(config.data, dense, config.max_train_tokens, config.eval_blocks)
     # Beside the config: a branch may hold other weights, a launcher another number of processes.
     claim = f"{dump_config(config)}# dense sha256 {dense.sha256}\n# processes {accelerator.num_processes}\n"
+    if config.from_run is not None:
+        claim += f"# from student sha256 {fingerprint(config.from_run / 'student')}\n"
     claim_run_folder(config.run, claim, is_writer=accelerator.is_main_process)
     if (config.run / "evaluation.json").is_file():
         accelerator.print(f"'{config.run}' is already trained with this config; nothing to do")
@@ -148,8 +159,10 @@ def main(config: TrainConfig) -> None:
 
     plain = load_plain(config.dense, dense)
     placement = measure_placement(dense, plain, held_out.first(8))
-    student, bridges = make_student(plain, config.student, config.rotation, accelerator.is_main_process)
-    student, bridges = student.to(accelerator.device), bridges.to(accelerator.device)
+    start = make_start(
+        plain, config.student, config.rotation, config.from_run, show_progress=accelerator.is_main_process
+    )
+    student, bridges = start.student.to(accelerator.device), start.bridges.to(accelerator.device)
     measure_energies_(dense, student, bridges, *train.sample(32))
     initial = compare_on_text(plain, student, *held_out.sample(config.bridge_eval_blocks))
     del plain
@@ -161,7 +174,7 @@ def main(config: TrainConfig) -> None:
         dense.shard_(accelerator.device)
     coupled = CoupledModel(student, bridges, dense, config.loss)
     num_steps = steps_needed(config, accelerator)
-    train_tokens = train_student(config, accelerator, coupled, train, num_steps)
+    train_tokens = train_student(config, accelerator, coupled, train, num_steps, start.densities)
     student, bridges = coupled.whole()
     student.set_activation_frac(config.student.activation_frac)
     dtype = getattr(torch, config.save_dtype)
@@ -171,12 +184,14 @@ def main(config: TrainConfig) -> None:
     if accelerator.is_main_process:
         if is_sharded:  # evaluated by this process alone, so whole again
             dense = DenseModel.from_pretrained(config.dense, device=accelerator.device)
+        train_tokens += start.tokens
         save_results(config, dense, student.eval(), bridges, held_out, initial, placement, train_tokens)
         update_manifest(
             config.run,
             "train",
             inputs={
                 "dense": dense.facts,
+                **start.facts,
                 "train_text_sha256": train.digest,
                 "held_out_text_sha256": held_out.digest,
                 "train_text": train.facts,
@@ -226,7 +241,12 @@ def steps_needed(config: TrainConfig, accelerator: Accelerator) -> int:
 
 
 def train_student(
-    config: TrainConfig, accelerator: Accelerator, coupled: CoupledModel, train: TokenBlocks, num_steps: int
+    config: TrainConfig,
+    accelerator: Accelerator,
+    coupled: CoupledModel,
+    train: TokenBlocks,
+    num_steps: int,
+    densities: Mapping[str, float],
 ) -> int:
     """The training loop; returns the tokens it used."""
     student, folder = coupled.student, config.run / "checkpoints"
@@ -241,7 +261,9 @@ def train_student(
     if checkpoint is not None:
         load_optimizer(checkpoint, coupled, optimizer.optimizer)
     # After `prepare`: sharding puts other tensors in the place of the parameters.
-    sparsifier = WeightSparsifier(dict(student.named_parameters()), config.sparsity, num_steps)
+    sparsifier = WeightSparsifier(
+        dict(student.named_parameters()), config.sparsity, num_steps, starts=densities
+    )
     if config.sparsity.revive_steps and any(isinstance(p, DTensor) for p in student.parameters()):
         raise UsageError("sparsity.revive_steps writes single weights, which FSDP2 shards; use DDP, or 0")
     metrics = MetricsFile(config.run / "metrics.jsonl", first_step, is_writer=accelerator.is_main_process)
@@ -255,7 +277,9 @@ def train_student(
                     step, num_steps, config.optimizer, density, config.sparsity.density
                 )
             if config.student.activation_frac is not None:
-                frac = anneal(config.sparsity, config.student.activation_frac, step + 1, num_steps)
+                target = config.student.activation_frac
+                begin = 1.0 if config.from_run is None else target
+                frac = anneal(config.sparsity, target, step + 1, num_steps, begin)
                 student.set_activation_frac(frac)
             losses = accumulate_gradients(config, accelerator, model, train, step)
             norm = control_gradients_(accelerator, model.parameters(), config.optimizer)

@@ -87,6 +87,19 @@ def test_density_schedule(shape: str, middle: float) -> None:
     assert math.isclose(sparsifier.density(100), 1 / 16)
 
 
+@pytest.mark.parametrize("shape", ["linear", "exponential"])
+def test_density_falls_from_that_of_a_sparse_start(shape: str) -> None:
+    matrices = {name: torch.nn.Parameter(torch.randn(16, 16)) for name in ("sparse", "sparser", "sparsest")}
+    starts = {"sparse": 0.5, "sparser": 0.25, "sparsest": 1 / 64}
+    config = SparsityConfig(density=1 / 16, anneal_frac=0.5, anneal_shape=shape)
+    sparsifier = WeightSparsifier(matrices, config, 20, starts)
+    kept = {name: [sparsifier.num_kept(name, step) for step in range(21)] for name in matrices}
+    assert [kept["sparse"][0], kept["sparser"][0]] == [128, 64]
+    assert all(counts == sorted(counts, reverse=True) and counts[-1] == 16 for counts in kept.values())
+    assert kept["sparsest"] == [16] * 21  # below its target: never asked for more
+    assert sparsifier.density(0) == 0.5
+
+
 def test_embeddings_and_biases_have_their_own_densities() -> None:
     student = Student(tiny_student_config())
     for parameter in student.parameters():

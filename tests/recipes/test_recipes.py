@@ -1,6 +1,7 @@
 """The recipes run for real, as a user starts them, on a tiny checkpoint."""
 
 import json
+import math
 import os
 import runpy
 import shutil
@@ -24,7 +25,7 @@ from bridges.replay import replay
 from bridges.report import write_report
 from bridges.run_models import run_text
 from bridges.verify import verify
-from extractor.artifacts import file_sha256
+from extractor.artifacts import file_sha256, fingerprint
 from extractor.circuit import Circuit, edges_between
 from extractor.data import DataConfig
 from extractor.sites import Node
@@ -337,6 +338,53 @@ def test_abs_topk_anneals_from_an_exact_copy(tiny_checkpoint, tmp_path, monkeypa
     assert student["init_kl_dense"] <= 1e-6
     assert student["activation_frac"] == 0.25
     assert json.loads((run / "student" / "config.json").read_text())["activation_frac"] == 0.25
+
+
+def test_a_run_goes_on_from_a_finished_one(trained, tiny_checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    """Without a step it is that run's student to the bit; with some, density falls from that student's."""
+    arguments = ["--dense.path", tiny_checkpoint, *TRAIN, "--from_run", trained]
+    same, sparser = tmp_path / "same", tmp_path / "sparser"
+    run_in_process(monkeypatch, "train", *arguments, "--run", same, "--max_steps", "0")
+    for name in ("student/model.safetensors", "bridges/bridges.safetensors"):
+        before, after = load_file(trained / name), load_file(same / name)
+        assert all(torch.equal(before[key], after[key]) for key in before), name
+    evaluations = [json.loads((run / "evaluation.json").read_text()) for run in (trained, same)]
+    for key in ("ce", "kl_dense", "nonzeros", "train_tokens"):
+        assert evaluations[0]["student"][key] == evaluations[1]["student"][key], key
+    assert evaluations[0]["bridges"] == evaluations[1]["bridges"]
+
+    run_in_process(monkeypatch, "train", *arguments, "--run", sparser, "--sparsity.density", "0.03125")
+    densities = [row["density"] for row in metrics_of(sparser)]
+    assert densities[0] < 0.125
+    assert densities[-1] == pytest.approx(0.03125)
+    student = json.loads((sparser / "evaluation.json").read_text())["student"]
+    assert student["train_tokens"] == 2 * evaluations[0]["student"]["train_tokens"]
+    assert all(m["nonzeros"] == m["k"] <= 0.04 * math.prod(m["shape"]) for m in student["matrices"].values())
+    origin = json.loads((sparser / "manifest.json").read_text())["train"]["inputs"]["from_run"]
+    assert (origin["density"], origin["student_sha256"]) == (0.125, fingerprint(trained / "student"))
+
+    for changed, code, message in (
+        (["--sparsity.density", "0.5"], 2, "(from_run) has 0.125; at most that"),
+        (["--student.intermediate_size", "512"], 2, "student.* is taken from"),
+        (["--from_run", "/nowhere/run"], 3, "from_run: no finished run in '/nowhere/run'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run_in_process(monkeypatch, "train", *arguments, "--run", tmp_path / "refused", *changed)
+        assert stopped.value.code == code
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "refused").exists()
+
+
+def test_abs_topk_is_kept_by_a_run_that_goes_on(tiny_checkpoint, tmp_path, monkeypatch) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    arguments = ["--dense.path", tiny_checkpoint, *TRAIN]
+    topk = ["--student.activation_frac", "0.25"]
+    run_in_process(monkeypatch, "train", *arguments, *topk, "--run", first)
+    run_in_process(monkeypatch, "train", *arguments, "--from_run", first, "--run", second)
+    before, after = (json.loads((run / "evaluation.json").read_text())["student"] for run in (first, second))
+    assert after["activation_frac"] == 0.25
+    assert after["init_kl_dense"] == pytest.approx(before["kl_dense"], abs=0.2)  # other held-out blocks
+    assert json.loads((second / "student" / "config.json").read_text())["activation_frac"] == 0.25
 
 
 def test_a_finished_run_is_kept_and_another_config_refused(
