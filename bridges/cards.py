@@ -5,6 +5,7 @@ edits/<task>/. No figure in a card is typed in: all come from evaluation.json, m
 edits/. `push` sends the folder to a hub; nothing does so by itself.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,8 @@ def _run_facts(run: Path) -> dict[str, Any]:
         return {
             "dense": _dense_facts(evaluation, manifest),
             "student": evaluation["student"],
+            "from_run": manifest["train"]["inputs"].get("from_run"),
+            "own_shares": _own_shares(evaluation["student"]),
             "sites": _site_rows(evaluation["bridges"]),
             "held_out_tokens": evaluation["held_out_tokens"],
             "bridges": bridges,
@@ -129,6 +132,16 @@ def _run_facts(run: Path) -> dict[str, Any]:
         }
     except (KeyError, TypeError) as error:
         raise InputError(f"run '{run}' is damaged: its JSON files lack {error}") from None
+
+
+def _own_shares(student: dict[str, Any]) -> dict[str, float]:
+    """Share of weights kept, of the matrices that have one of their own."""
+    shares = {name: matrix["k"] / math.prod(matrix["shape"]) for name, matrix in student["matrices"].items()}
+    return {
+        name: share
+        for name, share in shares.items()
+        if not math.isclose(share, student["density"], rel_tol=0.02)
+    }
 
 
 def _dense_facts(evaluation: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("student, CE", number(at(student, "ce"), "nats/token")),
         ("student, KL to dense", number(at(student, "kl_dense"), "nats/token")),
         ("KL to dense before training", number(at(student, "init_kl_dense"), "nats/token")),
-        ("student, weight density", percent(at(student, "density"))),
+        ("student, weight density asked for", percent(at(student, "density"))),
         ("student, nonzeros", _of(at(student, "nonzeros"), at(student, "parameters"), "weights")),
     ]
     for task, circuit in entries(at(report, "circuits")):

@@ -1,8 +1,10 @@
 """What this machine does well: its cores, its matrix units, bf16 autocast only where the hardware has it."""
 
 import os
-from collections.abc import Callable
-from typing import Literal
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -12,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from extractor.errors import UsageError
 
 Precision = Literal["auto", "fp32", "bf16"]
+T = TypeVar("T")
 
 FP32_ERROR = 1e-6  # of a true fp32 product: 2e-7 to 4e-7; in bf16 2e-3
 
@@ -83,6 +86,30 @@ def start_processes() -> PartialState:
     if state.num_processes != asked:
         raise UsageError(f"the launcher started {asked} processes, {state.num_processes} joined")
     return state
+
+
+def shared_out(items: Sequence[T], state: PartialState, run: Path) -> Iterator[T]:
+    """The items in order, each to whichever process asks first, so that none waits long for the others.
+
+    A claim is a file in the run folder, which all processes see; ends when all are done everywhere.
+    """
+    if state.num_processes == 1:
+        yield from items
+        return
+    claims = run / ".tmp-claims"
+    if state.is_main_process:
+        shutil.rmtree(claims, ignore_errors=True)  # of a launch that was killed
+        claims.mkdir(parents=True)
+    state.wait_for_everyone()
+    for number, item in enumerate(items):
+        try:
+            (claims / str(number)).touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        yield item
+    state.wait_for_everyone()
+    if state.is_main_process:
+        shutil.rmtree(claims, ignore_errors=True)
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:

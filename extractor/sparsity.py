@@ -41,6 +41,8 @@ class SparsityConfig(Config):
     """Share of nonzero weights in every matrix at the end; 1.0 leaves the weights as they are."""
     embedding_density: float | None = Field(None, gt=0, le=1)
     """The same for embeddings and unembedding; none: as the other matrices."""
+    unembedding_density: float | None = Field(None, gt=0, le=1)
+    """The same for the unembedding alone; none: as embeddings. It makes no node and no edge between nodes."""
     bias_density: float = Field(1.0, gt=0, le=1)
     """The same for biases; 1.0 leaves them dense, as the released script does."""
     min_weights_per_neuron: int = Field(0, ge=0)
@@ -117,9 +119,11 @@ class WeightSparsifier:
     def _target(self, name: str, parameter: Tensor) -> float | None:
         """The density that a parameter ends at; None for what stays dense by its kind."""
         if parameter.ndim == 2 and not name.startswith("bigram"):
-            is_table = name.startswith(("embed_", "lm_head"))
-            own = self.config.embedding_density if is_table else None
-            target = own if own is not None else self.config.density
+            target = self.config.density
+            if name.startswith(("embed_", "lm_head")):
+                target = self.config.embedding_density or target
+            if name.startswith("lm_head"):
+                target = self.config.unembedding_density or target
         elif name.endswith(".bias"):
             target = self.config.bias_density
         else:

@@ -119,6 +119,32 @@ TASKS: dict[str, TaskSpec] = {
             "    self.$q = $q\n"
             "    self.$a = $n\n"
             "    self.<<$x|$y>> =",
+            "def __init__(self, $p, $q, $x, $y):\n"
+            '    """Keep the $w."""\n'
+            "    self.$q = $q\n"
+            "    self.$p = $p\n"
+            "    self.<<$x|$y>> =",
+            "def __init__(self, $x, $p, $y):\n"
+            "    self.$p = $p\n"
+            "    self.<<$x|$y>> =",
+            "def __init__(self, $p, $q, $x=False, $y=True):\n"
+            "    self.$q = $q\n"
+            "    self.$p = $p\n"
+            "    self.<<$x|$y>> =",
+            "def __init__(self, $p, $y, $q, $x):\n"
+            "    self.$a = {}\n"
+            "    self.$p = $p\n"
+            "    self.$q = $q\n"
+            "    self.<<$x|$y>> =",
+            "def __init__(self, $p, $a, $q, $x, $y):\n"
+            "    self.$a = $a\n"
+            "    self.$p = $p\n"
+            "    self.$q = $q\n"
+            "    self.<<$x|$y>> =",
+            "def __init__(self, $p, $x, $y=None):\n"
+            "    super().__init__($p)\n"
+            "    self.$p = $p\n"
+            "    self.<<$x|$y>> =",
         ),
         selection=(
             "def __init__(self, $p, $x, $y, $q=False):\n"
@@ -135,6 +161,24 @@ TASKS: dict[str, TaskSpec] = {
             "    self.<<$x|$y>> =",
             "def __init__(self, $x, $q, $p=(), $y=None):\n"
             "    self.$q = $q\n"
+            "    self.$p = $p\n"
+            "    self.<<$x|$y>> =",
+            "def __init__(self, $p, $q, $x, $y=()):\n"
+            "    self.$p = $p\n"
+            "    self.$q = $q\n"
+            "    self.$b = $n\n"
+            "    self.<<$x|$y>> =",
+            "def __init__(self, $y, $q, $x, $p):\n"
+            "    self.$q = $q\n"
+            "    self.$p = $p\n"
+            "    self.<<$x|$y>> =",
+            "def __init__(self, $q, $x, $y, *$p):\n"
+            "    self.$p = $p\n"
+            "    self.$q = $q\n"
+            "    self.<<$x|$y>> =",
+            "def __init__(self, $p, $b, $x, $y):\n"
+            "    # no $w\n"
+            "    self.$b = $b\n"
             "    self.$p = $p\n"
             "    self.<<$x|$y>> =",
         ),

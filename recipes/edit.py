@@ -57,7 +57,7 @@ from extractor.circuit import Circuit
 from extractor.config import Config, run_recipe
 from extractor.data import DataConfig
 from extractor.errors import UsageError
-from extractor.machine import fast_fp32, start_processes, use_all_cores
+from extractor.machine import fast_fp32, shared_out, start_processes, use_all_cores
 from extractor.tasks import TaskBatch
 
 
@@ -139,10 +139,10 @@ def main(config: EditRecipeConfig) -> None:
     state = start_processes()
     bench = Bench(config, state.device)
     circuits = bench.circuits
-    mine = circuits[state.process_index :: state.num_processes]
-    for circuit in (bar := tqdm(mine, desc="edit", disable=not state.is_main_process)):
+    mine = shared_out(circuits, state, config.run)
+    total = len(circuits) if state.num_processes == 1 else None
+    for circuit in (bar := tqdm(mine, total=total, desc="edit", disable=not state.is_main_process)):
         bar.write(make_edit(bench, circuit))
-    state.wait_for_everyone()
     if state.is_main_process:
         folders = [config.run / "edits" / circuit.task for circuit in circuits]
         folders = [folder for folder in folders if folder.is_dir()]

@@ -5,8 +5,8 @@
 Reads student/ of a run folder. Writes thresholds.json before anything is looked for, then
 circuits/means.safetensors (what ablated nodes carry), circuits/<task>.json, circuits/<task>/ (what each node
 means, graphs) and circuits.md (the table).
-With several processes the tasks are shared out. A circuit that is there, from the same student, prompts,
-settings and code, is not looked for again.
+With several processes each takes the next task when it is free. A circuit that is there, from the same
+student, prompts, settings and code, is not looked for again.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ from extractor.controls import (
 )
 from extractor.data import DataConfig, load_spread
 from extractor.evidence import EvidenceConfig, gather_evidence
-from extractor.machine import fast_fp32, start_processes, use_all_cores
+from extractor.machine import fast_fp32, shared_out, start_processes, use_all_cores
 from extractor.masks import Bank, Means, mean_activations, save_means
 from extractor.meaning import describe_nodes
 from extractor.neuronpedia import neuronpedia_graph
@@ -137,8 +137,9 @@ def main(config: ExtractConfig) -> None:
         facts = {"student_sha256": subject.sha256, "train_text_sha256": text_digest}
         save_means(folder / "means.safetensors", subject.means, facts)
     hashes = work_hashes(config, subject, text_digest, prompts)
-    mine = config.tasks[state.process_index :: state.num_processes]
-    for name in (bar := tqdm(mine, desc="extract", disable=not state.is_main_process)):
+    mine = shared_out(config.tasks, state, config.run)
+    total = len(config.tasks) if state.num_processes == 1 else None
+    for name in (bar := tqdm(mine, total=total, desc="extract", disable=not state.is_main_process)):
         started, task = time.monotonic(), task_label(name)
         path = folder / f"{task}.json"
         if path.exists() and Circuit.load(path).hashes == hashes[task]:
@@ -148,7 +149,6 @@ def main(config: ExtractConfig) -> None:
         write_extras(subject, circuit, prompts[task], folder / task, config)
         circuit.save(path)
         bar.write(f"{one_line(circuit)} ({time.monotonic() - started:.0f} s)")
-    state.wait_for_everyone()
     if state.is_main_process:
         write_summary(config, list(prompts), subject, text_digest)
     if config.compare_dense:

@@ -29,7 +29,7 @@ from extractor.circuit import Circuit
 from extractor.config import Config, run_recipe
 from extractor.data import DataConfig
 from extractor.errors import InputError
-from extractor.machine import fast_fp32, start_processes, use_all_cores
+from extractor.machine import fast_fp32, shared_out, start_processes, use_all_cores
 from extractor.statistics import undefined
 
 
@@ -77,10 +77,10 @@ def main(config: TransferConfig) -> None:
     state = start_processes()
     bench = Bench(config, state.device)
     circuits = bench.models.chosen(config.tasks)
-    mine = circuits[state.process_index :: state.num_processes]
-    for circuit in (bar := tqdm(mine, desc="transfer", disable=not state.is_main_process)):
+    mine = shared_out(circuits, state, config.run)
+    total = len(circuits) if state.num_processes == 1 else None
+    for circuit in (bar := tqdm(mine, total=total, desc="transfer", disable=not state.is_main_process)):
         bar.write(transfer(bench, circuit))
-    state.wait_for_everyone()
     if state.is_main_process:
         paths = [config.run / "transfer" / f"{circuit.task}.json" for circuit in circuits]
         table = transfer_table([read_json(path, "transfer", "recipes/transfer.py") for path in paths])

@@ -104,10 +104,13 @@ def test_embeddings_and_biases_have_their_own_densities() -> None:
     student = Student(tiny_student_config())
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter)
-    config = SparsityConfig(density=0.1, embedding_density=0.5, bias_density=0.25, anneal_frac=0)
-    WeightSparsifier(dict(student.named_parameters()), config, 1).project_(1)
+    shared = {"density": 0.1, "embedding_density": 0.5, "bias_density": 0.25, "anneal_frac": 0}
+    parameters = dict(student.named_parameters())
+    both = WeightSparsifier(parameters, SparsityConfig(**shared), 1)
+    assert both.num_kept("lm_head.weight", 1) == num_kept(97 * 32, 0.5)
+    WeightSparsifier(parameters, SparsityConfig(**shared, unembedding_density=0.75), 1).project_(1)
     assert student.embed_tokens.weight.count_nonzero() == num_kept(97 * 32, 0.5)
-    assert student.lm_head.weight.count_nonzero() == num_kept(97 * 32, 0.5)
+    assert student.lm_head.weight.count_nonzero() == num_kept(97 * 32, 0.75)
     layer = student.layers[0]
     assert layer.mlp.up_proj.weight.count_nonzero() == num_kept(48 * 32, 0.1)
     assert layer.mlp.up_proj.bias.count_nonzero() == 12

@@ -169,7 +169,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def finished(quickstart: Server) -> Server:
     """With its quickstart done: the browser's, where that test ran before, else one submitted here."""
     if not (quickstart.runs / "quickstart" / "report.html").is_file():
-        job = quickstart.client.post("/api/v1/jobs", json={"recipe": "quickstart", "run": "quickstart"}).json()
+        ask = {"recipe": "quickstart", "run": "quickstart"}
+        job = quickstart.client.post("/api/v1/jobs", json=ask).json()
         deadline = time.monotonic() + 3_600
         while (state := quickstart.client.get(f"/api/v1/jobs/{job['id']}").json()["state"]) != "done":
             assert state in ("queued", "running"), state
