@@ -14,7 +14,7 @@ TASKS: dict[str, TaskSpec] = {
             """raise ValueError(<<'|">>$w of the $v""",
             """$z = $x.get(<<'|">>$w""",
             """if not $x.startswith(<<'|">>$w""",
-            """for $i in $y.split(<<'|">>$v""",
+            """$y = $x.strip(<<'|">>$v""",
             """self.$a = $x.$g(<<'|">>$w""",
             """raise KeyError(<<'|">>$v""",
             """if $x:\n    print(<<'|">>the $w""",

@@ -137,6 +137,7 @@ TASKS: dict[str, TaskSpec] = {
             "    self.$q = $q\n"
             "    self.<<$x|$y>> =",
             "def __init__(self, $p, $a, $q, $x, $y):\n"
+            "    super().__init__()\n"
             "    self.$a = $a\n"
             "    self.$p = $p\n"
             "    self.$q = $q\n"
@@ -169,6 +170,7 @@ TASKS: dict[str, TaskSpec] = {
             "    self.$b = $n\n"
             "    self.<<$x|$y>> =",
             "def __init__(self, $y, $q, $x, $p):\n"
+            "    # a $w\n"
             "    self.$q = $q\n"
             "    self.$p = $p\n"
             "    self.<<$x|$y>> =",
@@ -285,8 +287,8 @@ TASKS: dict[str, TaskSpec] = {
             """# every $w\nfor $nth<<, $w|>> in""",
             """$y = len($x)\nfor $nth<<, $z|>> in""",
             """self.$a = $n\nfor $nth<<, $b|>> in""",
-            """$z = $x.$a\nfor $nth<<, $y|>> in""",
-            """while $y:\n    for $nth<<, $a|>> in""",
+            """$z = $x.$a.$b\nfor $nth<<, $y|>> in""",
+            """with $x:\n    for $nth<<, $a|>> in""",
             """$x.$g($y)\nfor $nth<<, $z|>> in""",
             """with $x.$a:\n    for $nth<<, $b|>> in""",
             """$y = $x[$n]\nfor $nth<<, $a|>> in""",
