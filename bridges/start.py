@@ -86,7 +86,7 @@ def shape_of(run: Path) -> StudentShape:
 
 def check_goes_on(run: Path, shape: StudentShape, sparsity: SparsityConfig) -> None:
     """Raises UsageError for settings that the student of a finished run cannot be trained to."""
-    if shape != StudentShape() and shape != shape_of(run):
+    if shape not in (StudentShape(), shape_of(run)):
         raise UsageError(f"student.* is taken from '{run}' (from_run), which has others; leave it out")
     density = read_json(run / "evaluation.json", "evaluation", "recipes/train.py")["student"]["density"]
     if sparsity.density > density:
