@@ -10,7 +10,7 @@ back). Density falls from 1 to its target over a share of the steps (linear or e
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -115,6 +115,25 @@ class WeightSparsifier:
                 here.append(projection)
         project_(here, least)
         return self.density(step)
+
+    def count_nonzeros(self, matrices: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+        """Shape, k and nonzeros of every matrix after the last step.
+
+        Raises:
+            AssertionError: one holds more weights than it was trained to.
+        """
+        counts = {
+            name: {
+                "shape": list(matrix.shape),
+                "k": self.num_kept(name, self.num_steps) if name in self.parameters else matrix.numel(),
+                "nonzeros": int(matrix.count_nonzero()),
+            }
+            for name, matrix in matrices.items()
+        }
+        for name, count in counts.items():
+            if count["nonzeros"] > count["k"]:
+                raise AssertionError(f"{name} holds {count}: more weights than it was trained to")
+        return counts
 
     def _target(self, name: str, parameter: Tensor) -> float | None:
         """The density that a parameter ends at; None for what stays dense by its kind."""
