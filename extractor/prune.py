@@ -263,8 +263,9 @@ def _finish(
         restored = None
         if config.restored.enabled:
             restored = RestoredSets(student, masks, setting.selection, config.restored)
+        may_go = found.kept | (found.tau > 0)
         kept = drop_spare_nodes(
-            student, masks, found.kept | (found.tau > 0), found.goal, setting.selection, bank, restored
+            student, masks, may_go, found.goal, setting.selection, config.refine, bank, restored
         )
     if found.goal is None:
         kept = torch.zeros_like(kept)  # no circuit; all of the student is not one

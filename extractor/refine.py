@@ -45,6 +45,8 @@ class RefineConfig(Config):
     learning_rate: float = Field(0.03, gt=0)
     edge_coef: float = Field(1e-3, ge=0)
     """Nats of task loss that one edge is worth."""
+    put_back_tries: int = Field(400, ge=1)
+    """How often it may be asked what was dropped too much; once spent, all that has not been asked stays."""
 
 
 LossesOf = Callable[[Bool[Tensor, "set part"]], list[float]]
@@ -58,6 +60,7 @@ def drop_spare(
     gradient_of: GradientOf,
     goal: float,
     holds: Holds,
+    put_back_tries: int,
 ) -> Bool[Tensor, " part"]:
     """Drop parts as long as the loss stays at the goal, and what is asked in the end holds.
 
@@ -88,27 +91,32 @@ def drop_spare(
         dropped = max(1, _longest_prefix(kept, candidates, losses_of, goal))
         drop(candidates[:dropped])
         candidates = candidates[dropped:]
-    return _dropped_in_order(first, order, holds)
+    return _dropped_in_order(first, order, holds, put_back_tries)
 
 
 def _dropped_in_order(
-    kept: Bool[Tensor, " part"], order: Sequence[int], holds: Holds
+    kept: Bool[Tensor, " part"], order: Sequence[int], holds: Holds, tries: int
 ) -> Bool[Tensor, " part"]:
-    """Without the parts in `order`, but for those without which it does not hold when their turn comes."""
+    """Without the parts in `order`, but for those without which it does not hold when their turn comes.
+
+    After about so many `tries` the rest of the order stays: where thousands are needed, each costs a dozen.
+    """
 
     def without(parts: Sequence[int]) -> Tensor:
         fewer = kept.clone()
         fewer[list(parts)] = False
         return fewer
 
-    while order:
+    while order and tries > 0:
         if holds(without(order)):
             return without(order)
         low, high = 0, len(order)  # so many can go, and so many cannot
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if holds(without(order[:middle])) else (low, middle)
+            tries -= 1
         kept, order = without(order[:low]), order[high:]
+        tries -= 1
     return kept
 
 
@@ -142,6 +150,7 @@ def drop_spare_nodes(
     kept: Bool[Tensor, " part"],
     goal: float,
     prompts: TaskBatch,
+    config: RefineConfig,
     bank: Bank | None = None,
     restored: RestoredSets | None = None,
 ) -> Bool[Tensor, " node"]:
@@ -170,7 +179,7 @@ def drop_spare_nodes(
             of_nodes = of_nodes + goal / limit * restored.gradient(live)
         return torch.zeros_like(masks.tau[0]).index_add(0, masks.part_of_node, of_nodes)
 
-    kept = drop_spare(kept, losses_of, gradient_of, goal, holds)
+    kept = drop_spare(kept, losses_of, gradient_of, goal, holds, config.put_back_tries)
     return masks.of_nodes(kept)
 
 
@@ -220,7 +229,8 @@ def find_edges(
     if not len(edges) or loss > goal:
         return edges.pairs, calibration
     tau = learn_edges(edges, draw, config, pairs_per_step, others)
-    kept = drop_spare(tau > 0 if holds(tau > 0) else everything, losses_of, gradient_of, goal, holds)
+    open_ = tau > 0 if holds(tau > 0) else everything
+    kept = drop_spare(open_, losses_of, gradient_of, goal, holds, config.put_back_tries)
     pairs = [pair for pair, is_kept in zip(edges.pairs, kept.tolist(), strict=True) if is_kept]
     return pairs, on_all(kept)[1]
 

@@ -96,7 +96,7 @@ def test_what_can_be_spared_is_dropped(slopes_help: bool) -> None:
 
     def dropped(goal: float) -> torch.Tensor:
         return drop_spare(
-            everything, losses_of, gradient_of, goal, lambda kept: losses_of(kept[None])[0] <= goal
+            everything, losses_of, gradient_of, goal, lambda kept: losses_of(kept[None])[0] <= goal, 100
         )
 
     assert torch.equal(dropped(0.5), needed)
@@ -104,6 +104,27 @@ def test_what_can_be_spared_is_dropped(slopes_help: bool) -> None:
     one_spared = dropped(1.0)
     assert one_spared.sum() == 3
     assert not (one_spared & ~needed).any()
+
+
+@pytest.mark.parametrize("tries", [1, 40, 10_000])
+def test_what_was_dropped_too_much_is_put_back_within_its_budget(tries: int) -> None:
+    """What is asked of a circuit in the end holds, whatever the budget; a spent one leaves more parts."""
+    asked, too_much = [], torch.arange(400) % 4 == 0
+
+    def holds(kept: torch.Tensor) -> bool:
+        asked.append(kept)
+        return not bool((too_much & ~kept).any())
+
+    everything = torch.ones(400, dtype=torch.bool)
+    kept = drop_spare(
+        everything, lambda sets: [0.0] * len(sets), lambda kept: torch.zeros(400), 1.0, holds, tries
+    )
+    assert holds(kept)
+    assert len(asked) <= tries + 10  # the part being looked for is found
+    if tries == 10_000:
+        assert torch.equal(kept, too_much)
+    else:
+        assert kept.sum() > 100
 
 
 def test_nodes_that_lead_nowhere_go_with_what_led_to_them() -> None:
