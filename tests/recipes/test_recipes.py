@@ -546,7 +546,7 @@ def test_exit_code_and_last_word_of_a_recipes_own_process(tmp_path: Path) -> Non
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "python").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_parses_and_names_its_command(path: Path, monkeypatch, capsys) -> None:
     verbs = {"circuits": "extract", "dense_circuits": "extract", "nonsense": "extract", "edits": "edit"}
-    verbs |= {"train_base": "train", "train_sparser": "train"}
+    verbs |= {"train_base": "train", "train_sparser": "train", "train_embeddings": "train"}
     verb = verbs.get(path.stem, path.stem)
     command = path.read_text().splitlines()[0]
     assert command == f"# accelerate launch recipes/{verb}.py --config recipes/python/{path.name}"
