@@ -228,12 +228,15 @@ def growth_facts(
     bridges: BridgeSet,
     config: EditConfig,
 ) -> dict[str, object]:
-    """What every size does on these (held-out) prompts, and what all channels of the site do together.
+    """What every size does on these (held-out) prompts, and what all channels of every site do together: a
+    patch of nodes does hardly more there.
 
     `smallest` are the least sizes that reach the goal where they were chosen, by strength; `best` the same,
     or what flips most where nothing reaches it.
     """
-    everything = {growth.site: _everything(streams, growth.site, bridges, config) for growth in growths}
+    everything = {
+        site: _everything(streams, site, bridges, config) for site in allowed_sites(bridges, config)
+    }
     rows = []
     for growth in growths:
         edits = [Edit.from_nodes(nodes, growth.site, bridges) for nodes in growth.sets]
@@ -256,7 +259,8 @@ def growth_facts(
             found, rates[found.strength], everything[found.growth.site], circuit, config
         )
         best[name] = found.as_json() | {"flip_rate_indirect": {f"{s:g}": rate for s, rate in rates.items()}}
-    return {"growth": rows, "smallest": smallest, "best": best}
+    all_channels = {str(site): rate for site, rate in everything.items()}
+    return {"growth": rows, "smallest": smallest, "best": best, "all_channels": all_channels}
 
 
 def _smallest(

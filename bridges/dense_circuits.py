@@ -19,6 +19,7 @@ from bridges.warm_start import StudentShape, make_student
 from extractor.circuit import count_edges
 from extractor.errors import UsageError
 from extractor.masks import Bank, mean_activations
+from extractor.prices import node_prices
 from extractor.prune import PruneConfig, search_masks, task_settings
 from extractor.rotation import RotationConfig
 from extractor.size_curve import TARGET_LOSSES, geometric_mean, size_curve
@@ -78,9 +79,10 @@ def _size_curves(
     if config.ablation == "zero":
         means = {address: torch.zeros_like(mean) for address, mean in means.items()}
     bank = Bank(model, text) if config.ablation == "resample" else None
+    prices = node_prices(model, text, means, config.general_price)
     for own in tasks.values():
         settings = task_settings(model, own["train"], own["selection"], config)
-        search = search_masks(model, settings, means, config, bank)
+        search = search_masks(model, settings, means, config, bank, prices)
         yield size_curve(model, search, own["held_out"], bank)["targets"]
 
 

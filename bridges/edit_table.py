@@ -10,7 +10,8 @@ GOAL = 0.8  # of indirect flips: an edit's strength is the least that reaches it
 FORM = "gated"  # in which edit and difference of means are compared
 COLUMNS = (
     "task", "site", "nodes", "smallest at strength 1 / 2 (flips)", "strength", "flips: indirect / total",
-    "share of all channels' effect", "random nodes / direction", "steering: prompts, strength",
+    "share of all channels' effect", "all channels at strength 1: best site (flips)",
+    "random nodes / direction", "steering: prompts, strength",
     "its flips: indirect / total", "its KL on text", "fires on", "student predicts (r)",
     "flips at equal KL: edit / difference of means",
     "after the first attention: nodes, site, strength (flips)", "refused",
@@ -18,7 +19,8 @@ COLUMNS = (
 NOTES = """
 Patch: each prompt's nodes at the counterfactual prompt's values; flip rates of held-out prompts, at the least
 strength with at least 80 % by the indirect effect, or else at the best. Its share is of the indirect change
-of answer minus distractor, in nats, that all channels of the site make at that strength. The smallest are the
+of answer minus distractor, in nats, that all channels of the site make at that strength. All channels of one
+site, moved to the counterfactual, are about the most that a patch there can do. The smallest are the
 sets that reach the goal where they were chosen, here with their indirect flips on held-out prompts.
 Steering: one vector behind a gate, both chosen on training prompts and text; its flips and its KL to the
 unedited model (held-out text, nats/token) are at the same strength, which is its own.
@@ -44,6 +46,7 @@ def _row(edit: Mapping[str, Any]) -> list[str]:
         strength,
         f"{percent(edit['flip_rate_indirect'][index])} / {percent(edit['flip_rate'][index])}",
         percent(at(edit, "share_of_all_channels", strength)),
+        _all_channels(at(edit, "all_channels")),
         f"{percent(edit['control_random_node'][index])} / {percent(edit['control_random_direction'][index])}",
         _named(at(steering, "direction"), at(steering, "strength")),
         f"{percent(at(steering, 'flip_rate_indirect'))} / {percent(at(steering, 'flip_rate'))}",
@@ -59,6 +62,14 @@ def _row(edit: Mapping[str, Any]) -> list[str]:
 def _smallest(found: Mapping[str, Any]) -> str:
     size = at(found, "size")
     return "-" if size is None else f"{size} ({percent(at(found, 'flip_rate_indirect'))})"
+
+
+def _all_channels(rates: Mapping[str, Any] | None) -> str:
+    """The site at which moving all channels flips most, the first of those that are alike."""
+    if not rates or "undefined" in rates:
+        return "-"
+    site = max(rates, key=rates.__getitem__)
+    return f"{site} ({percent(rates[site])})"
 
 
 def _later(edit: Mapping[str, Any]) -> str:

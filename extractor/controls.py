@@ -22,6 +22,7 @@ from extractor.config import Config
 from extractor.errors import UsageError
 from extractor.masks import Bank, Means, mean_activations
 from extractor.packed import Chunks
+from extractor.prices import node_prices
 from extractor.prune import PruneConfig, Search, search_masks, task_settings
 from extractor.random_circuits import remove_nodes
 from extractor.sites import Node, Tap, no_tap
@@ -68,6 +69,7 @@ def nonsense_controls(
     *,
     seed: int = 0,
     bank: Bank | None = None,
+    prices: Tensor | None = None,
 ) -> list[dict[str, object]]:
     """What the search finds on nonsense tasks made of a task's prompts (train, selection, held_out)."""
     found = []
@@ -80,7 +82,7 @@ def nonsense_controls(
             found.append({"kind": kind, "seed": own_seed, "undefined": str(error)})
             continue
         prompts = {split: encode_pairs(own, tokenizer).to(student.device) for split, own in nonsense.items()}
-        outcome = search_outcome(student, prompts, means, config, own_seed, bank)
+        outcome = search_outcome(student, prompts, means, config, own_seed, bank, prices)
         found.append({"kind": kind, "seed": own_seed, **outcome})
     return found
 
@@ -95,7 +97,8 @@ def shuffled_control(
         means = {address: torch.zeros_like(mean) for address, mean in means.items()}
     held_out = prompts["held_out"]
     own = {"student_accuracy": accuracy(differences(shuffled, held_out, no_tap))}
-    return own | search_outcome(shuffled, prompts, means, config, seed, None)
+    prices = node_prices(shuffled, text, means, config.general_price)
+    return own | search_outcome(shuffled, prompts, means, config, seed, None, prices)
 
 
 def search_outcome(
@@ -105,6 +108,7 @@ def search_outcome(
     config: PruneConfig,
     seed: int,
     bank: Bank | None,
+    prices: Tensor | None = None,
 ) -> dict[str, object]:
     """One seed's search towards the labels: how well what it finds does on its own prompts, and held out.
 
@@ -114,7 +118,7 @@ def search_outcome(
         update={"target": "answer", "seeds": (seed,), "size_coefs": config.size_coefs[:1]}
     )
     settings = task_settings(student, prompts["train"], prompts["selection"], config)
-    search = search_masks(student, settings, means, config, bank)
+    search = search_masks(student, settings, means, config, bank, prices)
     found = search.found[0]
     is_found = found.goal is not None
     kept = found.kept if is_found else found.tau > 0

@@ -140,7 +140,8 @@ def ablation_tap(gates: Means, frozen: Frozen) -> Tap:
 class NodeMasks:
     """One parameter tau in [-1, 1] per node of the student, for several settings (seeds, tasks) at once.
 
-    With `tied`, a k channel and the q channels it is multiplied with share one: they are one part.
+    With `tied`, a k channel and the q channels it is multiplied with share one: they are one part. `prices`
+    are what nodes cost in a circuit; one each, unless given.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class NodeMasks:
         init: float = 0.5,
         init_noise: float = 0.3,
         tied: Int[Tensor, " node"] | None = None,
+        prices: Float[Tensor, " node"] | None = None,
     ):
         self.means = dict(means)
         device = next(iter(self.means.values())).device
@@ -158,6 +160,7 @@ class NodeMasks:
         self.part_of_node = torch.arange(num_nodes) if tied is None else tied
         num_parts = int(self.part_of_node.max()) + 1
         self.part_of_node = self.part_of_node.to(device)
+        self.prices = torch.ones(num_nodes, device=device) if prices is None else prices
         noise = [torch.randn(num_parts, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         self.tau = (init + init_noise * torch.stack(noise)).clamp(-1, 1).to(device)
 

@@ -61,13 +61,16 @@ def drop_spare(
     goal: float,
     holds: Holds,
     put_back_tries: int,
+    prices: Float[Tensor, " part"] | None = None,
 ) -> Bool[Tensor, " part"]:
     """Drop parts as long as the loss stays at the goal, and what is asked in the end holds.
 
     First many at once, those of least first-order effect (minus the slope along their gate); then one by
     one, in the order of what the loss is without each. Every part left was needed when it was tried. What
-    `holds` then misses is put back: it costs more to ask, and is asked by bisection of that order.
+    `holds` then misses is put back: it costs more to ask, and is asked by bisection of that order. Of parts
+    that are needed alike, those of a higher price go first.
     """
+    prices = torch.ones_like(kept, dtype=torch.float) if prices is None else prices
     first, order = kept, []
     kept = kept.clone()
 
@@ -76,7 +79,7 @@ def drop_spare(
         order.extend(parts.tolist())
 
     while (count := int(kept.sum())) > 1:
-        effect = -gradient_of(kept)
+        effect = _per_price(-gradient_of(kept), prices)
         ranked = torch.argsort(effect.masked_fill(~kept, torch.inf), stable=True)
         dropped = _longest_prefix(kept, ranked[: count - 1], losses_of, goal)
         drop(ranked[:dropped])
@@ -84,8 +87,11 @@ def drop_spare(
             break
     candidates = kept.nonzero()[:, 0]
     while len(candidates):
-        without = torch.tensor(losses_of(_without_each(kept, candidates)), device=kept.device)
-        candidates = candidates[without <= goal][torch.argsort(without[without <= goal], stable=True)]
+        sets = torch.cat([kept[None], _without_each(kept, candidates)])
+        loss, *others = losses_of(sets)
+        without = torch.tensor(others, device=kept.device)
+        effect = _per_price(without - loss, prices[candidates]).masked_fill(without > goal, torch.inf)
+        candidates = candidates[torch.argsort(effect, stable=True)[: int((without <= goal).sum())]]
         if not len(candidates):
             break
         dropped = max(1, _longest_prefix(kept, candidates, losses_of, goal))
@@ -118,6 +124,11 @@ def _dropped_in_order(
         kept, order = without(order[:low]), order[high:]
         tries -= 1
     return kept
+
+
+def _per_price(effect: Float[Tensor, " part"], prices: Float[Tensor, " part"]) -> Float[Tensor, " part"]:
+    """What a part's leaving does to the loss, by price: of two alike, the dear one comes first."""
+    return torch.where(effect > 0, effect / prices, effect * prices)
 
 
 def _without_each(kept: Tensor, parts: Tensor) -> Bool[Tensor, "set part"]:
@@ -179,7 +190,8 @@ def drop_spare_nodes(
             of_nodes = of_nodes + goal / limit * restored.gradient(live)
         return torch.zeros_like(masks.tau[0]).index_add(0, masks.part_of_node, of_nodes)
 
-    kept = drop_spare(kept, losses_of, gradient_of, goal, holds, config.put_back_tries)
+    prices = torch.zeros_like(masks.tau[0]).index_add(0, masks.part_of_node, masks.prices)
+    kept = drop_spare(kept, losses_of, gradient_of, goal, holds, config.put_back_tries, prices)
     return masks.of_nodes(kept)
 
 

@@ -51,6 +51,7 @@ from extractor.machine import fast_fp32, shared_out, start_processes, use_all_co
 from extractor.masks import Bank, Means, mean_activations, save_means
 from extractor.meaning import describe_nodes
 from extractor.neuronpedia import neuronpedia_graph
+from extractor.prices import node_prices
 from extractor.prune import PruneConfig, Search, finish_circuit, search_masks, task_settings
 from extractor.rotation import RotationConfig
 from extractor.size_curve import size_curve
@@ -122,6 +123,7 @@ class Subject:
     frozen: Means  # what closed nodes carry while a circuit is looked for: the means, or zeros
     bank: Bank
     resampled: Bank | None  # the bank, where a circuit is looked for under resample ablation
+    prices: torch.Tensor | None  # what nodes cost in a circuit
 
 
 def main(config: ExtractConfig) -> None:
@@ -170,8 +172,10 @@ def load_subject(config: ExtractConfig, device: torch.device) -> tuple[Subject, 
     if config.prune.ablation == "zero":
         frozen = {address: torch.zeros_like(mean) for address, mean in means.items()}
     resampled = bank if config.prune.ablation == "resample" else None
+    prices = node_prices(student, text, frozen, config.prune.general_price)
     sha256 = fingerprint(config.run / "student")
-    return Subject(student, tokenizer, sha256, text, held_out, means, frozen, bank, resampled), train.digest
+    subject = Subject(student, tokenizer, sha256, text, held_out, means, frozen, bank, resampled, prices)
+    return subject, train.digest
 
 
 def prompts_of(task: str, subject: Subject, config: ExtractConfig) -> TaskPrompts:
@@ -217,7 +221,7 @@ def find_circuit(
     task, student = task_label(name), subject.student
     own = prompts[task].batches
     settings = task_settings(student, own["train"], own["selection"], config.prune)
-    search = search_masks(student, settings, subject.frozen, config.prune, subject.resampled)
+    search = search_masks(student, settings, subject.frozen, config.prune, subject.resampled, subject.prices)
     circuit = finish_circuit(student, task, search, config.prune, subject.sha256, bank=subject.resampled)
     evidence = gather_evidence(
         student,
@@ -273,6 +277,7 @@ def run_controls(
             config.prune,
             wanted.nonsense,
             bank=subject.resampled,
+            prices=subject.prices,
         )
     if wanted.shuffled:
         controls["shuffled"] = shuffled_control(student, prompts.batches, subject.text, config.prune)

@@ -17,6 +17,7 @@ EDIT = {
     "control_random_direction": [0.0, 0.0, 0.03, 0.04],
     "smallest": {"1": {"undefined": "none"}, "2": {"size": 3, "flip_rate_indirect": 0.86}},
     "share_of_all_channels": {"0.5": {"value": 0.31}, "1": {"value": 0.42}, "2": {"value": 0.53}},
+    "all_channels": {"0.resid_pre": 0.61, "1.resid_pre": 0.93, "1.resid_mid": 0.93},
     "off_target_kl": 0.0123,
     "steering_form": {
         **{"direction": "corrupted", "strength": 1.5, "flip_rate": 0.87, "flip_rate_indirect": 0.83},
@@ -48,6 +49,7 @@ def test_flips_and_kl_of_the_steering_are_its_own_at_one_strength() -> None:
     assert row["strength"] == "2"
     assert row["flips: indirect / total"] == "90 % / 96 %"
     assert row["share of all channels' effect"] == "53 %"  # of the patch at 2, not at 1
+    assert row["all channels at strength 1: best site (flips)"] == "1.resid_pre (93 %)"
     assert row["steering: prompts, strength"] == "corrupted, 1.5"
     assert row["its flips: indirect / total"] == "83 % / 87 %"
     assert row["its KL on text"] == "0.0123"
@@ -77,7 +79,9 @@ def test_the_difference_of_means_has_both_rates_and_the_word() -> None:
     assert cells(edit)[name] == "-"
 
 
-@pytest.mark.parametrize("absent", ["alternatives", "steering_form", "share_of_all_channels", "prediction"])
+@pytest.mark.parametrize(
+    "absent", ["alternatives", "steering_form", "share_of_all_channels", "all_channels", "prediction"]
+)
 @pytest.mark.parametrize("how", ["absent", "undefined"])
 def test_what_was_not_measured_is_a_dash(absent: str, how: str) -> None:
     edit = copy.deepcopy(EDIT)

@@ -156,6 +156,7 @@ def test_every_strength_has_its_smallest_and_its_best(two_together) -> None:
     assert [growth.strength for growth in growths] == [1.0, 2.0]
     facts = growth_facts(growths, streams, circuit, bridges, CONFIG)
     assert "undefined" in facts["smallest"]["1"]
+    assert list(facts["all_channels"]) == [str(site) for site in bridges.sites]
     assert facts["best"]["1"]["reached"] is False
     assert set(facts["best"]["1"]["flip_rate_indirect"]) == {"1", "2"}
     for row in facts["growth"]:
