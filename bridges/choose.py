@@ -228,8 +228,7 @@ def growth_facts(
     bridges: BridgeSet,
     config: EditConfig,
 ) -> dict[str, object]:
-    """What every size does on these (held-out) prompts, and what all channels of every site do together: a
-    patch of nodes does hardly more there.
+    """What every size does on these (held-out) prompts, and what all channels of every site do together.
 
     `smallest` are the least sizes that reach the goal where they were chosen, by strength; `best` the same,
     or what flips most where nothing reaches it.

@@ -20,7 +20,7 @@ NOTES = """
 Patch: each prompt's nodes at the counterfactual prompt's values; flip rates of held-out prompts, at the least
 strength with at least 80 % by the indirect effect, or else at the best. Its share is of the indirect change
 of answer minus distractor, in nats, that all channels of the site make at that strength. All channels of one
-site, moved to the counterfactual, are about the most that a patch there can do. The smallest are the
+site, moved to the counterfactual, carry what it carries; a few chosen ones can flip more. The smallest are the
 sets that reach the goal where they were chosen, here with their indirect flips on held-out prompts.
 Steering: one vector behind a gate, both chosen on training prompts and text; its flips and its KL to the
 unedited model (held-out text, nats/token) are at the same strength, which is its own.
