@@ -10,7 +10,7 @@ GOAL = 0.8  # of indirect flips: an edit's strength is the least that reaches it
 FORM = "gated"  # in which edit and difference of means are compared
 COLUMNS = (
     "task", "site", "nodes", "smallest at strength 1 / 2 (flips)", "strength", "flips: indirect / total",
-    "share of all channels' effect", "all channels at strength 1: best site (flips)",
+    "share of all channels' effect", "all channels: best site (flips)",
     "random nodes / direction", "steering: prompts, strength",
     "its flips: indirect / total", "its KL on text", "fires on", "student predicts (r)",
     "flips at equal KL: edit / difference of means",
@@ -20,8 +20,8 @@ NOTES = """
 Patch: each prompt's nodes at the counterfactual prompt's values; flip rates of held-out prompts, at the least
 strength with at least 80 % by the indirect effect, or else at the best. Its share is of the indirect change
 of answer minus distractor, in nats, that all channels of the site make at that strength. All channels of one
-site, moved to the counterfactual, carry what it carries; a few chosen ones can flip more. The smallest are the
-sets that reach the goal where they were chosen, here with their indirect flips on held-out prompts.
+site, moved to the first strength sought, carry what it carries; a few chosen ones can flip more. The smallest
+are the sets that reach the goal where they were chosen, here with their indirect flips on held-out prompts.
 Steering: one vector behind a gate, both chosen on training prompts and text; its flips and its KL to the
 unedited model (held-out text, nats/token) are at the same strength, which is its own.
 Edit against difference of means: both gated, within the limit of off-target KL, by the indirect effect.

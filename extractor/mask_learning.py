@@ -56,7 +56,7 @@ class PruneConfig(Config):
     """Nats of task loss that one node is worth in the mask's loss (k_coef of the paper)."""
     general_price: float = Field(0.0, ge=0)
     """For how many nodes, besides itself, a node counts that text at large needs (as the hundredth of all
-    that it needs most): of two that serve the task alike, it gets the one more its own."""
+    that it needs most): of two that serve the task alike, the circuit gets the one more its own."""
     init: float = Field(0.5, gt=0, le=1)
     """Mean of tau at the start."""
     init_noise: float = Field(0.3, ge=0)

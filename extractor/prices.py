@@ -37,4 +37,5 @@ def node_prices(
         (slopes,) = torch.autograd.grad(loss.view(len(ids), -1).mean(1).sum(), gates)
         changes.append(slopes.abs())
     importance = torch.cat(changes).mean(0)
-    return 1 + general_price * (importance / importance.quantile(MOST)).clamp(max=AT_MOST)
+    unit = importance.quantile(MOST).clamp(min=torch.finfo(importance.dtype).tiny)  # none may matter
+    return 1 + general_price * (importance / unit).clamp(max=AT_MOST)

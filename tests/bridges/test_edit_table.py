@@ -49,7 +49,7 @@ def test_flips_and_kl_of_the_steering_are_its_own_at_one_strength() -> None:
     assert row["strength"] == "2"
     assert row["flips: indirect / total"] == "90 % / 96 %"
     assert row["share of all channels' effect"] == "53 %"  # of the patch at 2, not at 1
-    assert row["all channels at strength 1: best site (flips)"] == "1.resid_pre (93 %)"
+    assert row["all channels: best site (flips)"] == "1.resid_pre (93 %)"
     assert row["steering: prompts, strength"] == "corrupted, 1.5"
     assert row["its flips: indirect / total"] == "83 % / 87 %"
     assert row["its KL on text"] == "0.0123"

@@ -54,6 +54,14 @@ def test_a_mask_pays_for_its_nodes() -> None:
     assert not (learn_masks(student, settings, means, config, prices=prices).tau > 0).any()
 
 
+def test_where_text_needs_no_node_all_cost_one() -> None:
+    student = planted_student().requires_grad_(False)
+    with torch.no_grad():
+        student.lm_head.weight.zero_()
+    ids = planted_task(8, 0).ids
+    assert (node_prices(student, ids, mean_activations(student, ids), 2.0) == 1).all()
+
+
 def test_prices_are_slopes_of_the_loss_on_text() -> None:
     torch.manual_seed(0)
     student = Student(StudentConfig(vocab_size=13, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
