@@ -125,7 +125,7 @@ def patching_nodes(student: Student, prompts: TaskBatch, means: Means) -> NodeSc
 
 
 def patching_nodes_counterfactual(student: Student, prompts: TaskBatch, means: Means) -> NodeScores:
-    """Attribution patching towards each prompt's counterfactual; unaligned tokens keep their own."""
+    """Attribution patching towards each prompt's counterfactual."""
 
     def scores(part: TaskBatch) -> NodeScores:
         clean = _record(student, part, means)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -85,31 +85,28 @@ class TaskBatch:
     def counterfactual(self, activation: Float[Tensor, "example seq d"]) -> Float[Tensor, "example seq d"]:
         """Each example's activation on its counterfactual prompt, aligned token by token.
 
-        Prompts are aligned by their shared beginning and their shared end; a token that has no
-        counterpart keeps its own activation.
+        From the change on, the two prompts are aligned by their ends, before it by their beginnings. Where
+        one is longer by n tokens, the last n before the change stand for them in the other: a token put in
+        takes the place of one before it, and one taken out becomes like that one. Without that, what only
+        one of the prompts has could be moved on neither.
         """
         partner = torch.arange(len(self), device=self.ids.device).roll(len(self) // 2)
-        other, known = self._alignment()
-        aligned = activation[partner[:, None], other]
-        return torch.where(known[..., None], aligned, activation)
+        shift = (self.last[partner] - self.last)[:, None]
+        own = torch.arange(self.ids.shape[1], device=self.ids.device)[None]
+        is_moved = (own >= self.aligned_from()[:, None]) & (own <= self.last[:, None])
+        other = torch.where(is_moved, own + shift, own).clamp(min=0)
+        return torch.where(is_moved[..., None], activation[partner[:, None], other], activation)
 
-    def _alignment(self) -> tuple[Int[Tensor, "example seq"], Bool[Tensor, "example seq"]]:
-        """For each token, its place in the counterfactual prompt, and whether it has one."""
+    def aligned_from(self) -> Int[Tensor, " example"]:
+        """The first token of each prompt that has another counterpart than itself.
+
+        That is where the prompts part, and in the shorter one as many tokens sooner as it lacks.
+        """
         half = len(self) // 2
-        partner_ids, partner_last = self.ids.roll(half, 0), self.last.roll(half, 0)
-        positions = torch.arange(self.ids.shape[1], device=self.ids.device)[None]
-        same = (self.ids == partner_ids).int().cumprod(1).sum(1)  # length of the shared beginning
-        shorter = torch.minimum(self.last, partner_last) + 1
-        shared_start = torch.minimum(same, shorter)[:, None]
-        shift = (partner_last - self.last)[:, None]
-        from_end = (positions + shift).clamp(0, self.ids.shape[1] - 1)
-        equal_at_end = (self.ids == partner_ids.gather(1, from_end)) | (shift == 0)
-        inside = positions <= self.last[:, None]
-        # a token belongs to the shared end if everything from it to the last token agrees
-        tail = (equal_at_end | ~inside).flip(1).int().cumprod(1).flip(1).bool() & inside
-        at_start = positions < shared_start
-        other = torch.where(at_start, positions, from_end)
-        return other, (at_start | tail) & inside
+        shared = (self.ids == self.ids.roll(half, 0)).int().cumprod(1).sum(1)
+        other_last = self.last.roll(half)
+        parts = torch.minimum(shared, torch.minimum(self.last, other_last) + 1)
+        return (parts - (other_last - self.last).clamp(min=0)).clamp(min=0)
 
 
 def two_way_loss(difference: Float[Tensor, " example"]) -> Float[Tensor, ""]:

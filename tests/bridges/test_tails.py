@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bridges.dense import DenseModel
-from bridges.tails import PromptTails, first_difference
+from bridges.tails import PromptTails
 from extractor.tasks import TaskBatch
 from tests.families import TINY, tiny_model
 
@@ -88,10 +88,3 @@ def test_gradients_pass_the_short_way(dense) -> None:
     assert prefix is not None
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-4)
     assert gradients[0].abs().max() > 1e-3
-
-
-def test_prompts_part_where_their_tokens_do() -> None:
-    batch = pairs_of_prompts()
-    assert first_difference(batch).tolist() == [18, 9, 13] * 2
-    shorter = TaskBatch(batch.ids, torch.tensor([19, 16, 13, 12, 16, 13]), batch.answer, batch.distractor)
-    assert first_difference(shorter).tolist() == [12, 9, 13] * 2  # a prompt that ends sooner parts at its end

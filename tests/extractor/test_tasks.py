@@ -202,28 +202,38 @@ def batch_of(*rows: list[int]) -> TaskBatch:
     return TaskBatch(ids, torch.tensor([len(row) - 1 for row in rows]), nothing, nothing)
 
 
-def aligned(batch: TaskBatch) -> list[list[int | None]]:
-    """For each token, the counterfactual token that stands for it; None where it keeps its own."""
-    activation = torch.arange(batch.ids.numel()).reshape(*batch.ids.shape, 1).float()
-    moved = batch.counterfactual(activation)[..., 0].long()
-    table = []
-    for row in range(len(batch)):
-        cells: list[int | None] = []
-        for position in range(int(batch.last[row]) + 1):
-            source = int(moved[row, position])
-            own = source == row * batch.ids.shape[1] + position
-            cells.append(None if own else int(batch.ids.flatten()[source]))
-        table.append(cells)
-    return table
+def aligned(batch: TaskBatch) -> list[list[int]]:
+    """For each token, the counterfactual token that stands for it."""
+    activation = batch.ids[..., None].float()
+    moved = batch.counterfactual(activation)[..., 0].long().tolist()
+    return [row[: int(last) + 1] for row, last in zip(moved, batch.last, strict=True)]
 
 
 def test_a_substituted_token_is_aligned_in_place() -> None:
     assert aligned(batch_of([5, 6, 7, 8], [5, 9, 7, 8])) == [[5, 9, 7, 8], [5, 6, 7, 8]]
 
 
-def test_an_inserted_token_keeps_its_own_activation() -> None:
-    table = aligned(batch_of([5, 6, 7, 8], [5, 7, 8]))
-    assert table == [[5, None, 7, 8], [5, 7, 8]]
+def test_a_token_put_in_takes_the_place_of_the_one_before_it_and_back() -> None:
+    batch = batch_of([4, 5, 6, 7, 8], [4, 5, 7, 8])
+    assert aligned(batch) == [[4, 5, 5, 7, 8], [4, 6, 7, 8]]
+    assert batch.aligned_from().tolist() == [2, 1]
+
+
+def test_a_longer_replacement_is_aligned_by_its_end() -> None:
+    assert aligned(batch_of([3, 4, 5, 1, 7], [3, 4, 5, 6, 8, 9, 7])) == [
+        [3, 6, 8, 9, 7],
+        [3, 4, 5, 4, 5, 1, 7],
+    ]
+
+
+def test_alignment_ends_at_the_beginning() -> None:
+    assert aligned(batch_of([1, 7], [2, 3, 4, 5, 7])) == [[5, 7], [1, 1, 1, 1, 7]]
+
+
+def test_a_prompt_that_ends_sooner_is_aligned_by_its_end() -> None:
+    batch = batch_of([1, 2, 3, 4], [1, 2, 3])
+    assert aligned(batch) == [[1, 2, 3, 3], [1, 2, 4]]
+    assert batch.aligned_from().tolist() == [3, 2]
 
 
 def test_select_keeps_both_sides_of_a_pair() -> None:
