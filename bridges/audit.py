@@ -19,8 +19,8 @@ from bridges.bridge import BridgeSet
 from bridges.edit import Edit
 from bridges.off_target import HeldOutText, other_tasks, steered
 from bridges.prediction import PredictionConfig, node_pool, prediction
-from bridges.steering import DIRECTIONS, Direction, Steering, acts_at, flip_rate, half, mean_vector
-from bridges.steering_gate import GateConfig, Trial, fit_steering
+from bridges.steering import DIRECTIONS, Direction, Steering, flip_rate, half
+from bridges.steering_gate import GateConfig, Trial, steering_forms
 from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
 from extractor.circuit import Circuit
@@ -55,6 +55,7 @@ def audit_edit(
     config: EditAuditConfig,
     *,
     train_text: HeldOutText | None = None,
+    forms: Mapping[Direction, Trial] | None = None,
     strengths: Sequence[float] = (0.5, 1.0, 1.5, 2.0),
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -68,6 +69,7 @@ def audit_edit(
     Args:
         text: held out.
         train_text: what the gate learns to stay shut on. None: it tells only the sides of the pairs apart.
+        forms: of `steering_forms`, where they are known already.
         strengths: of the patch, and those among which the steering's is chosen.
     """
     delta = held_out.delta(edit)
@@ -78,16 +80,13 @@ def audit_edit(
         "share_of_all_channels": share_of_all(edit, held_out, bridges, effects, seed=seed),
     }
     try:
-        vectors = {side: mean_vector(edit, train, student, bridges, side) for side in DIRECTIONS}
+        if forms is None:
+            tried = tuple(filter(None, strengths)) or (1.0,)
+            forms = steering_forms(edit, train, student, bridges, train_text, tried, config.gate)
     except InputError as error:
         found |= dict.fromkeys(("off_target_kl", "steering_form", "steering"), undefined(str(error)))
     else:
-        acts, tried = acts_at(edit, train), tuple(filter(None, strengths)) or (1.0,)
-        chosen = {
-            side: fit_steering(vector, edit.site, acts, train, train_text, side, tried, config.gate)
-            for side, vector in vectors.items()
-        }
-        found |= _audit_steerings(chosen, held_out, text, others, train_text, config, seed)
+        found |= _audit_steerings(forms, held_out, text, others, train_text, config, seed)
     few = torch.arange(min(config.prediction.pairs, len(held_out.batch) // 2), device=delta.device)
     few_streams = PromptStreams(
         held_out.dense, student, bridges, held_out.batch.select(few), source=edit.source

@@ -100,12 +100,23 @@ def grow_edits(
     return growths
 
 
-def pick_edit(growths: Sequence[Growth], bridges: BridgeSet, config: EditConfig) -> Edit | None:
-    """The smallest that reaches the goal at the first strength sought, or what flips most there if that is
-    enough; else at the next strength; else what flips most. Of two alike the later one, which says more.
+def edits_to_try(growths: Sequence[Growth], bridges: BridgeSet, config: EditConfig) -> list[Edit]:
+    """The edits found, the most wanted first.
+
+    First the smallest that reaches the goal at the first strength sought, or what flips most there if that is
+    enough; else the same at the next strength; else what flips most. Then all others that flip enough, by
+    strength and size. Of two alike the later one comes first, which says more. None without a node to move.
     """
-    found = _pick(growths, config)
-    return None if found is None else found.edit(bridges)
+    if (first := _pick(growths, config)) is None:
+        return []
+    tried = {first.nodes: first}
+    for strength in config.sought:
+        good = [
+            one for one in _of_sites(growths, strength, config) if one.reached or one.rate >= config.enough
+        ]
+        for one in sorted(good, key=lambda one: (not one.reached, one.size, -one.growth.site.index)):
+            tried.setdefault(one.nodes, one)
+    return [one.edit(bridges) for one in tried.values()]
 
 
 def _pick(growths: Sequence[Growth], config: EditConfig, *, later: bool = False) -> Found | None:
@@ -118,8 +129,18 @@ def _pick(growths: Sequence[Growth], config: EditConfig, *, later: bool = False)
 def _at_strength(
     growths: Sequence[Growth], strength: float, config: EditConfig, *, later: bool = False
 ) -> Found | None:
-    """The smallest set that reaches the goal at this strength, else the one that flips most prompts; of a
-    site's the largest, or one of fewer nodes if that is enough and flips all but as many."""
+    """The smallest set that reaches the goal at this strength, else the one that flips most prompts."""
+    found = _of_sites(growths, strength, config, later=later)
+    if reached := [one for one in found if one.reached]:
+        return min(reached, key=lambda one: (one.size, -one.growth.site.index))
+    return max(found, key=lambda one: (one.rate, one.growth.site.index), default=None)
+
+
+def _of_sites(
+    growths: Sequence[Growth], strength: float, config: EditConfig, *, later: bool = False
+) -> list[Found]:
+    """One set per growth: the smallest that reaches the goal, else the largest, or one of fewer nodes if that
+    is enough and flips all but as many."""
     most = config.later_max_size if later else config.max_size
     found = []
     for growth in growths:
@@ -129,9 +150,7 @@ def _at_strength(
         alike = max(config.enough, max(growth.rates[strength][:most]) - SLACK)
         size = reached or growth.smallest(strength, alike, most) or min(most, len(growth.sets))
         found.append(Found(growth, size, strength, reached is not None))
-    if reached := [one for one in found if one.reached]:
-        return min(reached, key=lambda one: (one.size, -one.growth.site.index))
-    return max(found, key=lambda one: (one.rate, one.growth.site.index), default=None)
+    return found
 
 
 def is_later(site: Site) -> bool:

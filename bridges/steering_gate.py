@@ -22,6 +22,7 @@ from bridges.bridge import BridgeSet
 from bridges.edit import Edit
 from bridges.off_target import HeldOutText, steered
 from bridges.steering import (
+    DIRECTIONS,
     HALF_WAY,
     Direction,
     Discriminant,
@@ -119,6 +120,28 @@ def fit_steering(
         if trials[-1].kl <= config.kl_budget and trials[-1].flip_rate_indirect >= config.goal:
             break
     return choose(trials, config)
+
+
+def steering_forms(
+    edit: Edit,
+    train: PromptStreams,
+    student: Student,
+    bridges: BridgeSet,
+    text: HeldOutText | None,
+    strengths: Sequence[float],
+    config: GateConfig,
+) -> dict[Direction, Trial]:
+    """An edit's steering form in both directions, by `fit_steering`.
+
+    Raises:
+        InputError: the nodes are the same on both prompts of every pair.
+    """
+    vectors = {side: mean_vector(edit, train, student, bridges, side) for side in DIRECTIONS}
+    acts = acts_at(edit, train)
+    return {
+        side: fit_steering(vector, edit.site, acts, train, text, side, strengths, config)
+        for side, vector in vectors.items()
+    }
 
 
 def steering_again(

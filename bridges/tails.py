@@ -1,7 +1,7 @@
 """What a delta at a site does to the answers of a batch of prompt pairs, computed for little.
 
-Only each prompt's last logits are computed, and, where a delta is nothing up to the token from which a pair is
-told apart, only the positions from there on: what comes before is read from a cache of keys and values. On
+Only each prompt's last logits are computed, and, where a delta is nothing up to the token from which a pair
+is told apart, only the positions from there on: what comes before is read from a cache of keys and values. On
 prompts of 50 tokens that differ in the last few this is several times faster. The short way proves itself on
 the unedited prompts; a family that fails it (sliding windows) takes the long way.
 """

@@ -32,12 +32,13 @@ from bridges.alternatives import (
 from bridges.audit import EditAuditConfig, audit_edit
 from bridges.checkpoint import DenseConfig
 from bridges.choose import (
+    Growth,
     allowed_sites,
+    edits_to_try,
     grow_edits,
     growth_facts,
     later_facts,
     measure_edit,
-    pick_edit,
 )
 from bridges.crossing import Source
 from bridges.dense import DenseModel
@@ -50,13 +51,15 @@ from bridges.low_rank import Prompts
 from bridges.off_target import HeldOutText
 from bridges.run_models import RunModels
 from bridges.search import EditConfig
+from bridges.steering import Direction
+from bridges.steering_gate import Trial, steering_forms
 from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
 from extractor.artifacts import read_json, remove_folder, update_manifest, write_text
 from extractor.circuit import Circuit
 from extractor.config import Config, run_recipe
 from extractor.data import DataConfig
-from extractor.errors import UsageError
+from extractor.errors import InputError, UsageError
 from extractor.machine import fast_fp32, shared_out, start_processes, use_all_cores
 from extractor.tasks import TaskBatch
 
@@ -161,12 +164,12 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
     """Choose, measure, save and ship one task's edit; returns the line that says what came of it."""
     config, models, started = bench.config, bench.models, time.monotonic()
     growths = grow_edits(search_streams(bench, circuit), circuit, models.bridges, config.edit)
-    chosen = pick_edit(growths, models.bridges, config.edit)
     folder = config.run / "edits" / circuit.task
-    if chosen is None:
+    if not growths:
         remove_folder(folder)  # what an earlier circuit gave is not this one's
         return f"{circuit.task}: the circuit reads no residual channel; no edit"
     train = models.streams(models.prompts(circuit, "train", config.train_pairs), config.source)
+    chosen, forms = choose_edit(bench, growths, train)
     held_out = models.streams(models.prompts(circuit, "held_out", config.held_out_pairs), config.source)
     found = measure_edit(held_out, chosen, models.bridges, config.edit, config.seed)
     found |= growth_facts(growths, held_out, circuit, models.bridges, config.edit)
@@ -184,7 +187,8 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
         others,
         config.audit,
         train_text=bench.train_text,
-        strengths=[strength for strength in config.edit.strengths if strength],
+        forms=forms,
+        strengths=patch_strengths(config),
         seed=config.seed,
     )
     edit = with_refusals(bench, chosen, found["off_target_kl"])
@@ -208,6 +212,39 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
     if config.ship.adapter and (config.force or not edit.refusals):
         add_facts(folder, ship(bench, circuit, edit, folder, train.batch, held_out.batch))
     return describe(circuit.task, edit, found, time.monotonic() - started)
+
+
+def choose_edit(
+    bench: Bench, growths: list[Growth], train: PromptStreams
+) -> tuple[Edit, dict[Direction, Trial] | None]:
+    """The first edit found whose steering form keeps to its KL budget on training text; else the first.
+
+    At an early site a gate often sees nothing but the token, so that the edit would act wherever it stands.
+    """
+    config, models = bench.config, bench.models
+    tried = []
+    for edit in edits_to_try(growths, models.bridges, config.edit):
+        try:
+            forms = steering_forms(
+                edit,
+                train,
+                models.student,
+                models.bridges,
+                bench.train_text,
+                patch_strengths(config) or [1.0],
+                config.audit.gate,
+            )
+        except InputError:  # the audit says why
+            forms = None
+        tried.append((edit, forms))
+        if forms and min(trial.kl for trial in forms.values()) <= config.audit.gate.kl_budget:
+            return tried[-1]
+    return tried[0]
+
+
+def patch_strengths(config: EditRecipeConfig) -> list[float]:
+    """The strengths at which something is done."""
+    return [strength for strength in config.edit.strengths if strength]
 
 
 def search_streams(bench: Bench, circuit: Circuit) -> PromptStreams:

@@ -17,8 +17,8 @@ from bridges.losses import log_probs
 from bridges.low_rank import Prompts
 from bridges.off_target import HeldOutText
 from bridges.run_models import RunModels
-from bridges.steering import DIRECTIONS, acts_at, mean_vector
-from bridges.steering_gate import GateConfig, fit_steering
+from bridges.steering import DIRECTIONS
+from bridges.steering_gate import GateConfig, steering_forms
 from bridges.streams import PromptStreams
 from extractor.artifacts import read_json
 from extractor.circuit import Circuit
@@ -90,20 +90,8 @@ class EditBench:
                 "a patch needs a counterfactual, which text has not; reads at one site have a form without"
             )
         train, parts = self._train(circuit), (self.models.student, self.models.bridges)
-        strength, acts = edit.crossings[0].change.strength, acts_at(edit, train)
-        trials = {
-            side: fit_steering(
-                mean_vector(edit, train, *parts, side),
-                edit.site,
-                acts,
-                train,
-                self.train_text,
-                side,
-                [strength],
-                GateConfig(),
-            )
-            for side in DIRECTIONS
-        }
+        strength = edit.crossings[0].change.strength
+        trials = steering_forms(edit, train, *parts, self.train_text, [strength], GateConfig())
         main = min(DIRECTIONS, key=lambda side: trials[side].moved)
         effect = self.text.effect(trials[main].steering, strength)
         return {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bridges.bridge import BridgeSet
-from bridges.choose import grow_edits, measure_edit, pick_edit
+from bridges.choose import edits_to_try, grow_edits, measure_edit
 from bridges.coupled import CoupledModel, LossConfig
 from bridges.dense import DenseModel
 from bridges.edit import Edit, EditLimits, Hashes, add_facts, unmet_limits
@@ -106,12 +106,12 @@ def test_chosen_nodes_are_the_circuits_and_no_more_than_allowed(dense, pair, pro
     streams = PromptStreams(dense, student, bridges, prompts)
     nodes = frozenset(Node("0.attn.act_in", channel) for channel in range(40))
     circuit = Circuit("t", nodes, (), "sha", {})
-    edit = pick_edit(grow_edits(streams, circuit, bridges, CONFIG), bridges, CONFIG)
+    edit = edits_to_try(grow_edits(streams, circuit, bridges, CONFIG), bridges, CONFIG)[0]
     assert set(edit.nodes) < nodes
     assert len(edit.nodes) <= 4
     assert edit.site == Site(0, "resid_pre")
     empty = Circuit("t", frozenset(), (), "sha", {})
-    assert pick_edit(grow_edits(streams, empty, bridges, CONFIG), bridges, CONFIG) is None
+    assert edits_to_try(grow_edits(streams, empty, bridges, CONFIG), bridges, CONFIG) == []
 
 
 def test_nodes_of_another_site_are_refused(pair) -> None:
@@ -247,7 +247,7 @@ def test_greedy_choice_finds_the_one_node_that_carries_the_answer(dense, tokens)
     )
     nodes = frozenset(Node("0.mlp.act_in", channel) for channel in range(12))
     growths = grow_edits(streams, Circuit("t", nodes, (), "sha", {}), bridges, CONFIG)
-    edit = pick_edit(growths, bridges, CONFIG)
+    edit = edits_to_try(growths, bridges, CONFIG)[0]
     assert edit.nodes[0] == Node("0.mlp.act_in", 5)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 import pytest
 import torch
 
-from bridges.choose import grow_edits, growth_facts, later_facts, pick_edit
+from bridges.choose import edits_to_try, grow_edits, growth_facts, later_facts
 from bridges.dense import DenseModel
 from bridges.evaluate import measure_energies_
 from bridges.search import EditConfig, Outcome, SiteSearch, grow, swap
@@ -111,7 +111,7 @@ def test_two_nodes_that_only_act_together_are_found(two_together) -> None:
     )  # by effect alone
     circuit = Circuit("t", frozenset(nodes), (), "sha", {})
     config = EditConfig(max_size=2, candidates=2)
-    edit = pick_edit(grow_edits(streams, circuit, bridges, config), bridges, config)
+    edit = edits_to_try(grow_edits(streams, circuit, bridges, config), bridges, config)[0]
     assert set(edit.nodes) == {Node("0.mlp.act_in", 5), Node("0.mlp.act_in", 9)}
 
 
