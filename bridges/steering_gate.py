@@ -2,11 +2,11 @@
 
 A steering is tried at several strengths, and at each behind its reading (`bridges.steering.Discriminant`) cut
 at several places. Chosen is the smallest strength at which enough training prompts flip within a budget of KL
-on training text. Of cuts that flip alike it is the widest: prompts of other templates read lower than those
-that the gate was fitted to. (With whole templates left out of the fit, the narrowest gate that flips as many
-training prompts flips 9 % of the others where the widest flips 36 %.) The reading is fitted to one half of
-the text and the KL is of the other: fitted to both, a wide gate has half the KL there that it has elsewhere.
-Nothing held out is looked at.
+on training text; where no cut is within it, larger strengths are not tried. Of cuts that flip alike it is the
+widest: prompts of other templates read lower than those that the gate was fitted to. (With whole templates
+left out of the fit, the narrowest gate that flips as many training prompts flips 9 % of the others where the
+widest flips 36 %.) The reading is fitted to one half of the text and the KL is of the other: fitted to both, a
+wide gate has half the KL there that it has elsewhere. Nothing held out is looked at.
 """
 
 import math
@@ -117,8 +117,8 @@ def fit_steering(
             trials.append(trial if unseen is None else _on_text(trial, unseen))
             if trials[-1].kl <= config.kl_budget:
                 break  # the others flip fewer or are narrower
-        if trials[-1].kl <= config.kl_budget and trials[-1].flip_rate_indirect >= config.goal:
-            break
+        if trials[-1].kl > config.kl_budget or trials[-1].flip_rate_indirect >= config.goal:
+            break  # no gate is within the budget, so none is at a larger strength; or this one does
     return choose(trials, config)
 
 
