@@ -5,7 +5,7 @@ at several places. Chosen is the smallest strength at which enough training prom
 on training text; where no cut is within it, larger strengths are not tried. Of cuts that flip alike it is the
 widest: prompts of other templates read lower than those that the gate was fitted to. (With whole templates
 left out of the fit, the narrowest gate that flips as many training prompts flips 9 % of the others where the
-widest flips 36 %.) The reading is fitted to one half of the text and the KL is of the other: fitted to both, a
+widest flips 36 %.) The reading is fitted to one half of the text, the KL is of the other: fitted to both, a
 wide gate has half the KL there that it has elsewhere. Nothing held out is looked at.
 """
 
