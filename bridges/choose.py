@@ -1,4 +1,4 @@
-"""Which nodes make the smallest edit, at which site and strength, and what it does beside its controls.
+"""Which nodes make the smallest edit, at which site and strength.
 
 Site and nodes are chosen on training and selection prompts, by the *indirect* effect: the same delta is taken
 out again before the final norm, because a late channel can be nothing but the answer's logit direction.
@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.edit import Edit
+from bridges.edit_controls import measure_edit
 from bridges.search import EditConfig, SiteSearch, grow
 from bridges.streams import PromptStreams
 from extractor.circuit import Circuit
@@ -100,23 +100,24 @@ def grow_edits(
     return growths
 
 
-def edits_to_try(growths: Sequence[Growth], bridges: BridgeSet, config: EditConfig) -> list[Edit]:
+def edits_to_try(growths: Sequence[Growth], config: EditConfig) -> list[Found]:
     """The edits found, the most wanted first.
 
     First the smallest that reaches the goal at the first strength sought, or what flips most there if that is
-    enough; else the same at the next strength; else what flips most. Then all others that flip enough, by
-    strength and size. Of two alike the later one comes first, which says more. None without a node to move.
+    enough; else the same at the next strength; else what flips most. Then all others: by strength, those that
+    reach the goal and those that flip enough, the smallest first. Of two alike the later one comes first,
+    which says more. None without a node to move.
     """
     if (first := _pick(growths, config)) is None:
         return []
-    tried = {first.nodes: first}
+    found = {first.nodes: first}
     for strength in config.sought:
-        good = [
-            one for one in _of_sites(growths, strength, config) if one.reached or one.rate >= config.enough
-        ]
-        for one in sorted(good, key=lambda one: (not one.reached, one.size, -one.growth.site.index)):
-            tried.setdefault(one.nodes, one)
-    return [one.edit(bridges) for one in tried.values()]
+        for rate in (config.goal, config.enough):
+            sizes = ((growth, growth.smallest(strength, rate, config.max_size)) for growth in growths)
+            known = [Found(growth, size, strength, rate == config.goal) for growth, size in sizes if size]
+            for one in sorted(known, key=lambda one: (one.size, -one.growth.site.index)):
+                found.setdefault(one.nodes, one)
+    return list(found.values())
 
 
 def _pick(growths: Sequence[Growth], config: EditConfig, *, later: bool = False) -> Found | None:
@@ -317,62 +318,6 @@ def later_facts(
     measured = measure_edit(streams, found.edit(bridges), bridges, at_once, seed)
     del measured["strengths"]
     return found.as_json() | {k: v[0] if isinstance(v, list) else v for k, v in measured.items()}
-
-
-@torch.no_grad()
-def measure_edit(
-    streams: PromptStreams, edit: Edit, bridges: BridgeSet, config: EditConfig, seed: int
-) -> dict[str, object]:
-    """Flip rates over strengths: total, indirect, and the two controls by their indirect effect."""
-    generator = torch.Generator().manual_seed(seed)
-    delta = streams.delta(edit)
-    random_nodes = [
-        streams.delta(_random_node_edit(edit, bridges, generator)) for _ in range(config.control_draws)
-    ]
-    random_directions = [_random_direction(delta, generator) for _ in range(config.control_draws)]
-
-    def rates(deltas: Sequence[Tensor], strength: float) -> tuple[float, float]:
-        """Mean total and indirect rate; at strength 0 nothing is added, so nothing flips."""
-        if strength == 0:
-            return 0.0, 0.0
-        both = [streams.differences(edit.site, strength * d) for d in deltas]
-        total, indirect = ([streams.flip_rate(d[effect]) for d in both] for effect in (0, 1))
-        return sum(total) / len(both), sum(indirect) / len(both)
-
-    curves = {
-        name: [rates(deltas, strength) for strength in config.strengths]
-        for name, deltas in (("edit", [delta]), ("nodes", random_nodes), ("direction", random_directions))
-    }
-    inside = torch.arange(delta.shape[1], device=delta.device) <= streams.batch.last[:, None]
-    norms = (delta.norm(dim=-1) * inside).sum() / inside.sum()
-    resid_norms = (bridges.centred(streams.resid[edit.site]).norm(dim=-1) * inside).sum() / inside.sum()
-    return {
-        "size": len(edit.nodes),
-        "strengths": list(config.strengths),
-        "flip_rate": [total for total, _ in curves["edit"]],
-        "flip_rate_indirect": [indirect for _, indirect in curves["edit"]],
-        "control_random_node": [indirect for _, indirect in curves["nodes"]],
-        "control_random_direction": [indirect for _, indirect in curves["direction"]],
-        "control_draws": config.control_draws,
-        "delta_norm_ratio": (norms / resid_norms).item(),
-        "num_prompts": len(streams.batch),
-        "num_right_before": int((streams.unedited > 0).sum()),
-    }
-
-
-def _random_node_edit(edit: Edit, bridges: BridgeSet, generator: torch.Generator) -> Edit:
-    """As many other nodes of the same site, drawn from all its channels."""
-    width = bridges[edit.site].decoder.in_features
-    taken = {node.channel for node in edit.nodes}
-    free = [c for c in torch.randperm(width, generator=generator).tolist() if c not in taken]
-    nodes = [Node(edit.site.read_address, channel) for channel in free[: len(edit.nodes)]]
-    return Edit.from_nodes(nodes, edit.site, bridges)
-
-
-def _random_direction(delta: Tensor, generator: torch.Generator) -> Tensor:
-    """One random direction, at every token with the norm that the edit has there."""
-    direction = torch.randn(delta.shape[-1], generator=generator).to(delta)
-    return delta.norm(dim=-1, keepdim=True) * direction / direction.norm()
 
 
 def sorted_nodes(nodes: Sequence[Node]) -> list[Node]:

@@ -23,10 +23,10 @@ from accelerate import PartialState
 
 from bridges.behaviour import compare_behaviour
 from bridges.checkpoint import DenseConfig
-from bridges.choose import measure_edit
 from bridges.claims import Thresholds, check_criteria
 from bridges.drawing import finite
 from bridges.edit import Edit
+from bridges.edit_controls import measure_edit
 from bridges.evaluate import compare_on_text
 from bridges.report_file import read_report
 from bridges.report_values import at, entries, verdict

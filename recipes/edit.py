@@ -14,9 +14,10 @@ saved with the reasons, and neither shipped nor loaded, unless `force`.
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -38,12 +39,12 @@ from bridges.choose import (
     grow_edits,
     growth_facts,
     later_facts,
-    measure_edit,
 )
 from bridges.crossing import Source
 from bridges.dense import DenseModel
 from bridges.edit import Edit, EditLimits, add_facts, unmet_limits
 from bridges.edit_adapter import export_adapter, export_merged
+from bridges.edit_controls import measure_edit, random_direction_rate
 from bridges.edit_table import best_strength, edit_table
 from bridges.fresh import compare_exports
 from bridges.live import LiveEdit
@@ -62,6 +63,8 @@ from extractor.data import DataConfig
 from extractor.errors import InputError, UsageError
 from extractor.machine import fast_fp32, shared_out, start_processes, use_all_cores
 from extractor.tasks import TaskBatch
+
+MOST_TRIED = 6  # edits of a task; whether a gate can be found takes up to half a minute each
 
 
 class ShipConfig(Config):
@@ -108,6 +111,16 @@ class EditRecipeConfig(Config):
     other_pairs: int = Field(16, ge=2)
     """Held-out pairs of every other task, on which the edit should change nothing."""
     seed: int = 0
+
+
+class Choice(NamedTuple):
+    """An edit that was looked at, and how it did on training prompts and text."""
+
+    edit: Edit
+    forms: dict[Direction, Trial] | None
+    unmet: tuple[bool, bool]
+    """Over the budget of KL; over the limit of what random directions flip."""
+    facts: dict[str, object]
 
 
 class Bench:
@@ -169,9 +182,11 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
         remove_folder(folder)  # what an earlier circuit gave is not this one's
         return f"{circuit.task}: the circuit reads no residual channel; no edit"
     train = models.streams(models.prompts(circuit, "train", config.train_pairs), config.source)
-    chosen, forms = choose_edit(bench, growths, train)
+    choice = choose_edit(bench, growths, train)
+    chosen = choice.edit
     held_out = models.streams(models.prompts(circuit, "held_out", config.held_out_pairs), config.source)
     found = measure_edit(held_out, chosen, models.bridges, config.edit, config.seed)
+    found["chosen"] = choice.facts
     found |= growth_facts(growths, held_out, circuit, models.bridges, config.edit)
     if config.edit.later_max_size:
         found["later"] = later_facts(growths, held_out, models.bridges, config.edit, config.seed)
@@ -187,7 +202,7 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
         others,
         config.audit,
         train_text=bench.train_text,
-        forms=forms,
+        forms=choice.forms,
         strengths=patch_strengths(config),
         seed=config.seed,
     )
@@ -214,17 +229,18 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
     return describe(circuit.task, edit, found, time.monotonic() - started)
 
 
-def choose_edit(
-    bench: Bench, growths: list[Growth], train: PromptStreams
-) -> tuple[Edit, dict[Direction, Trial] | None]:
-    """The first edit found whose steering form keeps to its KL budget on training text; else the first.
+def choose_edit(bench: Bench, growths: list[Growth], train: PromptStreams) -> Choice:
+    """Of the edits found the first, on training data, that a random push of its size cannot replace, and
+    whose steering form leaves text alone; else the one that fails least of that.
 
     At an early site a gate often sees nothing but the token, so that the edit would act wherever it stands.
     """
     config, models = bench.config, bench.models
-    tried = []
-    for edit in edits_to_try(growths, models.bridges, config.edit):
-        try:
+    choices: list[Choice] = []
+    for found in edits_to_try(growths, config.edit)[:MOST_TRIED]:
+        edit, forms, kl = found.edit(models.bridges), None, math.inf
+        push = random_direction_rate(train, edit, found.strength, config.edit, config.seed)
+        with suppress(InputError):  # nodes alike on both sides of the pairs; the audit says so
             forms = steering_forms(
                 edit,
                 train,
@@ -234,12 +250,12 @@ def choose_edit(
                 patch_strengths(config) or [1.0],
                 config.audit.gate,
             )
-        except InputError:  # the audit says why
-            forms = None
-        tried.append((edit, forms))
-        if forms and min(trial.kl for trial in forms.values()) <= config.audit.gate.kl_budget:
-            return tried[-1]
-    return tried[0]
+            kl = min(trial.kl for trial in forms.values())
+        unmet = (kl > config.audit.gate.kl_budget, push > config.edit.control_limit)
+        choices.append(Choice(edit, forms, unmet, found.as_json() | {"control_random_direction": push}))
+        if not any(unmet):
+            break
+    return min(choices, key=lambda choice: choice.unmet)
 
 
 def patch_strengths(config: EditRecipeConfig) -> list[float]:

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from bridges.checkpoint import DenseConfig
-from bridges.choose import measure_edit
 from bridges.compare import FIRST_TOKEN, ShowConfig, TextSample, compare_text, score_text
 from bridges.compare_figures import calibration_bins, calibration_error, correlation_interval
 from bridges.compare_table import code, comparison_tables
 from bridges.compare_tasks import compare_task, of_dense, of_student
 from bridges.dense import DenseModel
 from bridges.edit import Edit
+from bridges.edit_controls import measure_edit
 from bridges.edit_table import best_strength
 from bridges.evaluate import compare_on_text, measure_energies_
 from bridges.run_models import RunModels

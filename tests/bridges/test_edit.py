@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from bridges.bridge import BridgeSet
-from bridges.choose import edits_to_try, grow_edits, measure_edit
+from bridges.choose import edits_to_try, grow_edits
 from bridges.coupled import CoupledModel, LossConfig
 from bridges.dense import DenseModel
 from bridges.edit import Edit, EditLimits, Hashes, add_facts, unmet_limits
+from bridges.edit_controls import measure_edit
 from bridges.evaluate import measure_energies_
 from bridges.live import LiveEdit
 from bridges.losses import kl_divergence, log_probs, normalised_mse
@@ -106,12 +107,12 @@ def test_chosen_nodes_are_the_circuits_and_no_more_than_allowed(dense, pair, pro
     streams = PromptStreams(dense, student, bridges, prompts)
     nodes = frozenset(Node("0.attn.act_in", channel) for channel in range(40))
     circuit = Circuit("t", nodes, (), "sha", {})
-    edit = edits_to_try(grow_edits(streams, circuit, bridges, CONFIG), bridges, CONFIG)[0]
+    edit = edits_to_try(grow_edits(streams, circuit, bridges, CONFIG), CONFIG)[0].edit(bridges)
     assert set(edit.nodes) < nodes
     assert len(edit.nodes) <= 4
     assert edit.site == Site(0, "resid_pre")
     empty = Circuit("t", frozenset(), (), "sha", {})
-    assert edits_to_try(grow_edits(streams, empty, bridges, CONFIG), bridges, CONFIG) == []
+    assert edits_to_try(grow_edits(streams, empty, bridges, CONFIG), CONFIG) == []
 
 
 def test_nodes_of_another_site_are_refused(pair) -> None:
@@ -247,7 +248,7 @@ def test_greedy_choice_finds_the_one_node_that_carries_the_answer(dense, tokens)
     )
     nodes = frozenset(Node("0.mlp.act_in", channel) for channel in range(12))
     growths = grow_edits(streams, Circuit("t", nodes, (), "sha", {}), bridges, CONFIG)
-    edit = edits_to_try(growths, bridges, CONFIG)[0]
+    edit = edits_to_try(growths, CONFIG)[0].edit(bridges)
     assert edit.nodes[0] == Node("0.mlp.act_in", 5)
 
 

@@ -111,7 +111,7 @@ def test_two_nodes_that_only_act_together_are_found(two_together) -> None:
     )  # by effect alone
     circuit = Circuit("t", frozenset(nodes), (), "sha", {})
     config = EditConfig(max_size=2, candidates=2)
-    edit = edits_to_try(grow_edits(streams, circuit, bridges, config), bridges, config)[0]
+    edit = edits_to_try(grow_edits(streams, circuit, bridges, config), config)[0].edit(bridges)
     assert set(edit.nodes) == {Node("0.mlp.act_in", 5), Node("0.mlp.act_in", 9)}
 
 
