@@ -64,7 +64,7 @@ from extractor.errors import InputError, UsageError
 from extractor.machine import fast_fp32, shared_out, start_processes, use_all_cores
 from extractor.tasks import TaskBatch
 
-MOST_TRIED = 6  # edits of a task; whether a gate can be found takes up to half a minute each
+MOST_TRIED = 3  # edits of a task; whether a gate can be found takes up to half a minute each
 
 
 class ShipConfig(Config):
@@ -237,9 +237,13 @@ def choose_edit(bench: Bench, growths: list[Growth], train: PromptStreams) -> Ch
     """
     config, models = bench.config, bench.models
     choices: list[Choice] = []
-    for found in edits_to_try(growths, config.edit)[:MOST_TRIED]:
-        edit, forms, kl = found.edit(models.bridges), None, math.inf
-        push = random_direction_rate(train, edit, found.strength, config.edit, config.seed)
+    edits = [(found, found.edit(models.bridges)) for found in edits_to_try(growths, config.edit)[:MOST_TRIED]]
+    pushes = [
+        random_direction_rate(train, edit, found.strength, config.edit, config.seed) for found, edit in edits
+    ]
+    by_push = sorted(zip(edits, pushes, strict=True), key=lambda one: one[1] > config.edit.control_limit)
+    for (found, edit), push in by_push:  # gates take longer: those that a push can replace come last
+        forms, kl = None, math.inf
         with suppress(InputError):  # nodes alike on both sides of the pairs; the audit says so
             forms = steering_forms(
                 edit,
