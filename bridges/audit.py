@@ -81,8 +81,7 @@ def audit_edit(
     }
     try:
         if forms is None:
-            tried = tuple(filter(None, strengths)) or (1.0,)
-            forms = steering_forms(edit, train, student, bridges, train_text, tried, config.gate)
+            forms = steering_forms(edit, train, student, bridges, train_text, strengths, config.gate)
     except InputError as error:
         found |= dict.fromkeys(("off_target_kl", "steering_form", "steering"), undefined(str(error)))
     else:

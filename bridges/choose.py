@@ -130,18 +130,8 @@ def _pick(growths: Sequence[Growth], config: EditConfig, *, later: bool = False)
 def _at_strength(
     growths: Sequence[Growth], strength: float, config: EditConfig, *, later: bool = False
 ) -> Found | None:
-    """The smallest set that reaches the goal at this strength, else the one that flips most prompts."""
-    found = _of_sites(growths, strength, config, later=later)
-    if reached := [one for one in found if one.reached]:
-        return min(reached, key=lambda one: (one.size, -one.growth.site.index))
-    return max(found, key=lambda one: (one.rate, one.growth.site.index), default=None)
-
-
-def _of_sites(
-    growths: Sequence[Growth], strength: float, config: EditConfig, *, later: bool = False
-) -> list[Found]:
-    """One set per growth: the smallest that reaches the goal, else the largest, or one of fewer nodes if that
-    is enough and flips all but as many."""
+    """The smallest set that reaches the goal at this strength, else the one that flips most prompts; of a
+    site's the largest, or one of fewer nodes if that is enough and flips all but as many."""
     most = config.later_max_size if later else config.max_size
     found = []
     for growth in growths:
@@ -151,7 +141,9 @@ def _of_sites(
         alike = max(config.enough, max(growth.rates[strength][:most]) - SLACK)
         size = reached or growth.smallest(strength, alike, most) or min(most, len(growth.sets))
         found.append(Found(growth, size, strength, reached is not None))
-    return found
+    if reached := [one for one in found if one.reached]:
+        return min(reached, key=lambda one: (one.size, -one.growth.site.index))
+    return max(found, key=lambda one: (one.rate, one.growth.site.index), default=None)
 
 
 def is_later(site: Site) -> bool:

@@ -131,15 +131,15 @@ def steering_forms(
     strengths: Sequence[float],
     config: GateConfig,
 ) -> dict[Direction, Trial]:
-    """An edit's steering form in both directions, by `fit_steering`.
+    """An edit's steering form in both directions, by `fit_steering`, at one of the strengths above 0 (or 1).
 
     Raises:
         InputError: the nodes are the same on both prompts of every pair.
     """
     vectors = {side: mean_vector(edit, train, student, bridges, side) for side in DIRECTIONS}
-    acts = acts_at(edit, train)
+    acts, tried = acts_at(edit, train), tuple(filter(None, strengths)) or (1.0,)
     return {
-        side: fit_steering(vector, edit.site, acts, train, text, side, strengths, config)
+        side: fit_steering(vector, edit.site, acts, train, text, side, tried, config)
         for side, vector in vectors.items()
     }
 

@@ -203,7 +203,7 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
         config.audit,
         train_text=bench.train_text,
         forms=choice.forms,
-        strengths=patch_strengths(config),
+        strengths=[strength for strength in config.edit.strengths if strength],
         seed=config.seed,
     )
     edit = with_refusals(bench, chosen, found["off_target_kl"])
@@ -251,7 +251,7 @@ def choose_edit(bench: Bench, growths: list[Growth], train: PromptStreams) -> Ch
                 models.student,
                 models.bridges,
                 bench.train_text,
-                patch_strengths(config) or [1.0],
+                config.edit.strengths,
                 config.audit.gate,
             )
             kl = min(trial.kl for trial in forms.values())
@@ -260,11 +260,6 @@ def choose_edit(bench: Bench, growths: list[Growth], train: PromptStreams) -> Ch
         if not any(unmet):
             break
     return min(choices, key=lambda choice: choice.unmet)
-
-
-def patch_strengths(config: EditRecipeConfig) -> list[float]:
-    """The strengths at which something is done."""
-    return [strength for strength in config.edit.strengths if strength]
 
 
 def search_streams(bench: Bench, circuit: Circuit) -> PromptStreams:

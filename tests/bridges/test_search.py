@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 import pytest
 import torch
 
-from bridges.choose import edits_to_try, grow_edits, growth_facts, later_facts
+from bridges.choose import Growth, edits_to_try, grow_edits, growth_facts, later_facts
 from bridges.dense import DenseModel
 from bridges.evaluate import measure_energies_
 from bridges.search import EditConfig, Outcome, SiteSearch, grow, swap
@@ -162,3 +162,22 @@ def test_every_strength_has_its_smallest_and_its_best(two_together) -> None:
     for row in facts["growth"]:
         (rates,) = row["flip_rate_indirect"].values()
         assert len(rates) == len(row["sets"]) == len(row["nodes"])
+
+
+def test_edits_are_tried_by_strength_then_goal_then_size() -> None:
+    def growth(site: Site, at_one: list[float], at_two: list[float]) -> Growth:
+        nodes = [Node(site.read_address, channel) for channel in range(len(at_one))]
+        sets = tuple(tuple(nodes[: size + 1]) for size in range(len(nodes)))
+        return Growth(site, 1.0, sets, {1.0: at_one, 2.0: at_two})
+
+    first, later = Site(0, "resid_pre"), Site(1, "resid_mid")
+    growths = [growth(first, [0.5, 0.95], [0.96, 1.0]), growth(later, [0.2, 0.8, 0.92], [0.3, 0.85, 0.95])]
+    tried = edits_to_try(growths, EditConfig(goal=0.9, enough=0.8))
+    assert [(one.growth.site, one.size, one.strength, one.reached) for one in tried] == [
+        (first, 2, 1.0, True),
+        (later, 3, 1.0, True),
+        (later, 2, 1.0, False),  # enough; at strength 2 the same two nodes are not tried again
+        (first, 1, 2.0, True),
+    ]
+    assert edits_to_try([growth(first, [0.1], [0.2])], EditConfig())[0].size == 1  # what flips most
+    assert edits_to_try([], EditConfig()) == []

@@ -81,6 +81,7 @@ def test_text_that_the_edit_cannot_be_told_from_costs_kl(dense) -> None:
     trial = fit(tails, 4 * vector, HeldOutText(dense, ids))
     assert trial.kl > CONFIG.kl_budget
     assert trial.share_of_tokens > 0.3
+    assert trial.strength == min(STRENGTHS)  # it is given up there
 
 
 def trial(strength: float, cut: float, rate: float, kl: float, moved: float = -1.0) -> Trial:
