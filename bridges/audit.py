@@ -19,8 +19,8 @@ from bridges.bridge import BridgeSet
 from bridges.edit import Edit
 from bridges.off_target import HeldOutText, other_tasks, steered
 from bridges.prediction import PredictionConfig, node_pool, prediction
-from bridges.steering import DIRECTIONS, Direction, Steering, flip_rate, half
-from bridges.steering_gate import GateConfig, Trial, steering_forms
+from bridges.steering import Direction, Steering, flip_rate, half
+from bridges.steering_gate import GateConfig, Trial, best_direction, steering_forms
 from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
 from extractor.circuit import Circuit
@@ -114,11 +114,7 @@ def _audit_steerings(
         }
         found[side]["gated"]["gate"] = trial.as_json()
 
-    def rank(side: Direction) -> tuple[bool, float, float]:
-        trial = chosen[side]
-        return trial.kl <= config.gate.kl_budget, trial.flip_rate_indirect, -trial.moved
-
-    main = max(DIRECTIONS, key=rank)
+    main = best_direction(chosen, config.gate)
     gated = found[main]["gated"]
     (row,) = (row for row in gated["strengths"] if row["strength"] == chosen[main].strength)
     form = {

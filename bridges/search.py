@@ -49,8 +49,9 @@ class EditConfig(Config):
     """Strengths for which the smallest edit is looked for, the most wanted first."""
     goal: float = Field(0.9, gt=0, le=1)
     """Indirect flip rate, on the prompts it is chosen on, that makes an edit large enough."""
-    enough: float = Field(0.8, gt=0, le=1)
-    """The same rate, with which an edit is taken before one of a strength that is wanted less."""
+    enough: float = Field(0.85, gt=0, le=1)
+    """The same rate, with which an edit is taken before one of a strength that is wanted less: what flips so
+    many where it was chosen flips about 80 % of held-out prompts."""
     sites_tried: int = Field(2, ge=1)
     """Sites at which nodes are searched for, most promising first."""
     control_draws: int = Field(8, ge=1)

@@ -144,6 +144,16 @@ def steering_forms(
     }
 
 
+def best_direction(forms: Mapping[Direction, Trial], config: GateConfig) -> Direction:
+    """The better one in training: within the budget, then by flips, then by how far answers move."""
+
+    def rank(side: Direction) -> tuple[bool, float, float]:
+        trial = forms[side]
+        return trial.kl <= config.kl_budget, trial.flip_rate_indirect, -trial.moved
+
+    return max(DIRECTIONS, key=rank)
+
+
 def steering_again(
     edit: Edit,
     train: PromptStreams,

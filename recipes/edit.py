@@ -53,7 +53,7 @@ from bridges.off_target import HeldOutText
 from bridges.run_models import RunModels
 from bridges.search import EditConfig
 from bridges.steering import Direction
-from bridges.steering_gate import Trial, steering_forms
+from bridges.steering_gate import KEPT, Trial, best_direction, steering_forms
 from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
 from extractor.artifacts import read_json, remove_folder, update_manifest, write_text
@@ -118,8 +118,9 @@ class Choice(NamedTuple):
 
     edit: Edit
     forms: dict[Direction, Trial] | None
-    unmet: tuple[bool, bool]
-    """Over the budget of KL; over the limit of what random directions flip."""
+    unmet: tuple[int, bool, bool]
+    """Over the budget of KL (2: over the limit, too); over the limit of what random directions flip; a gate
+    that is all but shut."""
     facts: dict[str, object]
 
 
@@ -231,11 +232,12 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
 
 def choose_edit(bench: Bench, growths: list[Growth], train: PromptStreams) -> Choice:
     """Of the edits found the first, on training data, that a random push of its size cannot replace, and
-    whose steering form leaves text alone; else the one that fails least of that.
+    whose steering form leaves text alone and still flips prompts; else the one that fails least of that.
 
     At an early site a gate often sees nothing but the token, so that the edit would act wherever it stands.
     """
     config, models = bench.config, bench.models
+    gate = config.audit.gate
     choices: list[Choice] = []
     edits = [(found, found.edit(models.bridges)) for found in edits_to_try(growths, config.edit)[:MOST_TRIED]]
     pushes = [
@@ -243,7 +245,7 @@ def choose_edit(bench: Bench, growths: list[Growth], train: PromptStreams) -> Ch
     ]
     by_push = sorted(zip(edits, pushes, strict=True), key=lambda one: one[1] > config.edit.control_limit)
     for (found, edit), push in by_push:  # gates take longer: those that a push can replace come last
-        forms, kl = None, math.inf
+        forms, kl, flips = None, math.inf, 0.0
         with suppress(InputError):  # nodes alike on both sides of the pairs; the audit says so
             forms = steering_forms(
                 edit,
@@ -252,10 +254,12 @@ def choose_edit(bench: Bench, growths: list[Growth], train: PromptStreams) -> Ch
                 models.bridges,
                 bench.train_text,
                 config.edit.strengths,
-                config.audit.gate,
+                gate,
             )
-            kl = min(trial.kl for trial in forms.values())
-        unmet = (kl > config.audit.gate.kl_budget, push > config.edit.control_limit)
+            form = forms[best_direction(forms, gate)]
+            kl, flips = form.kl, form.flip_rate_indirect
+        over = (kl > gate.kl_budget) + (kl > config.limits.off_target_kl)
+        unmet = (over, push > config.edit.control_limit, flips < KEPT * gate.goal)
         choices.append(Choice(edit, forms, unmet, found.as_json() | {"control_random_direction": push}))
         if not any(unmet):
             break
