@@ -52,7 +52,7 @@ class GateConfig(Config):
     """On training text, nats/token: half of `limits.off_target_kl`, since held-out text is other text."""
     goal: float = Field(0.8, gt=0, le=1)
     """Indirect flip rate on training prompts that makes a strength large enough."""
-    cuts: tuple[float, ...] = Field((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1)
+    cuts: tuple[float, ...] = Field((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0), min_length=1)
     """Places tried between the mean reading where nothing is to be added (0) and where the edit acts (1)."""
     text_blocks: int = Field(128, ge=2)
     """Of training text: the gate is fitted to every other, the KL is of the rest."""

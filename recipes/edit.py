@@ -33,6 +33,7 @@ from bridges.alternatives import (
 from bridges.audit import EditAuditConfig, audit_edit
 from bridges.checkpoint import DenseConfig
 from bridges.choose import (
+    Found,
     Growth,
     allowed_sites,
     edits_to_try,
@@ -118,9 +119,9 @@ class Choice(NamedTuple):
 
     edit: Edit
     forms: dict[Direction, Trial] | None
-    unmet: tuple[int, bool, bool]
-    """Over the budget of KL (2: over the limit, too); over the limit of what random directions flip; a gate
-    that is all but shut."""
+    unmet: tuple[float, float, bool]
+    """How often the budget of KL is exceeded; what random directions flip, or the limit of that; whether the
+    gate is all but shut."""
     facts: dict[str, object]
 
 
@@ -239,12 +240,7 @@ def choose_edit(bench: Bench, growths: list[Growth], train: PromptStreams) -> Ch
     config, models = bench.config, bench.models
     gate = config.audit.gate
     choices: list[Choice] = []
-    edits = [(found, found.edit(models.bridges)) for found in edits_to_try(growths, config.edit)[:MOST_TRIED]]
-    pushes = [
-        random_direction_rate(train, edit, found.strength, config.edit, config.seed) for found, edit in edits
-    ]
-    by_push = sorted(zip(edits, pushes, strict=True), key=lambda one: one[1] > config.edit.control_limit)
-    for (found, edit), push in by_push:  # gates take longer: those that a push can replace come last
+    for found, edit, push in hardest_to_replace(bench, growths, train)[:MOST_TRIED]:
         forms, kl, flips = None, math.inf, 0.0
         with suppress(InputError):  # nodes alike on both sides of the pairs; the audit says so
             forms = steering_forms(
@@ -258,12 +254,34 @@ def choose_edit(bench: Bench, growths: list[Growth], train: PromptStreams) -> Ch
             )
             form = forms[best_direction(forms, gate)]
             kl, flips = form.kl, form.flip_rate_indirect
-        over = (kl > gate.kl_budget) + (kl > config.limits.off_target_kl)
-        unmet = (over, push > config.edit.control_limit, flips < KEPT * gate.goal)
+        unmet = (exceeded(kl, gate.kl_budget), pushed(push, config.edit), flips < KEPT * gate.goal)
         choices.append(Choice(edit, forms, unmet, found.as_json() | {"control_random_direction": push}))
-        if not any(unmet):
+        if unmet == (0, config.edit.control_limit, False):
             break
     return min(choices, key=lambda choice: choice.unmet)
+
+
+def hardest_to_replace(
+    bench: Bench, growths: list[Growth], train: PromptStreams
+) -> list[tuple[Found, Edit, float]]:
+    """The edits to try, those first that random directions of their size replace least, with that rate."""
+    config = bench.config.edit
+    edits = [(found, found.edit(bench.models.bridges)) for found in edits_to_try(growths, config)]
+    pushes = [
+        random_direction_rate(train, edit, found.strength, config, bench.config.seed) for found, edit in edits
+    ]
+    tried = [(found, edit, push) for (found, edit), push in zip(edits, pushes, strict=True)]
+    return sorted(tried, key=lambda one: pushed(one[2], config))
+
+
+def pushed(rate: float, config: EditConfig) -> float:
+    """What random directions flip, where it is above the limit; below it all are alike."""
+    return max(rate, config.control_limit)
+
+
+def exceeded(value: float, budget: float) -> float:
+    """How many whole times a value takes up its budget again: 0 within it, 1 up to twice as much."""
+    return max(0, math.ceil(value / budget) - 1) if math.isfinite(value) else math.inf
 
 
 def search_streams(bench: Bench, circuit: Circuit) -> PromptStreams:

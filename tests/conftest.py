@@ -1,6 +1,23 @@
 """Small models and checkpoints made in memory, seeded, for every test."""
 
 import os
+
+
+def take_own_cores() -> None:
+    """Give each worker of pytest-xdist its share of the cores, before torch counts them.
+
+    Workers that all use all cores take longer than one after the other; recipes started by tests inherit it.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        workers, cores = int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), sorted(os.sched_getaffinity(0))
+        if workers <= len(cores):
+            os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: workers])
+
+
+take_own_cores()
+
+# ruff: noqa: E402
 from pathlib import Path
 
 import pytest
