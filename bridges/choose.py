@@ -5,6 +5,7 @@ out again before the final norm, because a late channel can be nothing but the a
 Everything here is a patch: nodes at one site move to their values on the counterfactual prompt.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from bridges.bridge import BridgeSet
 from bridges.edit import Edit
 from bridges.edit_controls import measure_edit
 from bridges.search import EditConfig, SiteSearch, grow
+from bridges.steering_gate import KEPT, GateConfig
 from bridges.streams import PromptStreams
 from extractor.circuit import Circuit
 from extractor.errors import UsageError
@@ -223,6 +225,21 @@ def _growth(search: SiteSearch, sets: Sequence[Sequence[int]], config: EditConfi
     rates = {s: [rate(chosen, s) for chosen in sets] for s in config.sought}
     nodes = tuple(tuple(search.nodes[index] for index in chosen) for chosen in sets)
     return Growth(search.site, search.strength, nodes, rates)
+
+
+def unmet_in_training(
+    kl: float, push: float, flips: float, config: EditConfig, gate: GateConfig
+) -> tuple[float, float, bool]:
+    """What speaks against an edit, the worst first; nothing where all three are 0.
+
+    Args:
+        kl: of its steering form on training text, nats/token: how many whole times that takes up its budget
+            again counts, as limits on held-out text are wider.
+        push: indirect flip rate of random directions of its size; it counts where it is above the limit.
+        flips: indirect flip rate of the steering form; one that is all but shut costs no KL.
+    """
+    exceeded = max(0, math.ceil(kl / gate.kl_budget) - 1) if math.isfinite(kl) else math.inf
+    return exceeded, push if push > config.control_limit else 0.0, flips < KEPT * gate.goal
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ from bridges.choose import (
     grow_edits,
     growth_facts,
     later_facts,
+    unmet_in_training,
 )
 from bridges.crossing import Source
 from bridges.dense import DenseModel
@@ -54,7 +55,7 @@ from bridges.off_target import HeldOutText
 from bridges.run_models import RunModels
 from bridges.search import EditConfig
 from bridges.steering import Direction
-from bridges.steering_gate import KEPT, Trial, best_direction, steering_forms
+from bridges.steering_gate import Trial, best_direction, steering_forms
 from bridges.streams import PromptStreams
 from bridges.tails import PromptTails
 from extractor.artifacts import read_json, remove_folder, update_manifest, write_text
@@ -120,8 +121,7 @@ class Choice(NamedTuple):
     edit: Edit
     forms: dict[Direction, Trial] | None
     unmet: tuple[float, float, bool]
-    """How often the budget of KL is exceeded; what random directions flip, or the limit of that; whether the
-    gate is all but shut."""
+    """Of `unmet_in_training`; of several choices the least counts."""
     facts: dict[str, object]
 
 
@@ -254,9 +254,9 @@ def choose_edit(bench: Bench, growths: list[Growth], train: PromptStreams) -> Ch
             )
             form = forms[best_direction(forms, gate)]
             kl, flips = form.kl, form.flip_rate_indirect
-        unmet = (exceeded(kl, gate.kl_budget), pushed(push, config.edit), flips < KEPT * gate.goal)
+        unmet = unmet_in_training(kl, push, flips, config.edit, gate)
         choices.append(Choice(edit, forms, unmet, found.as_json() | {"control_random_direction": push}))
-        if unmet == (0, config.edit.control_limit, False):
+        if not any(unmet):
             break
     return min(choices, key=lambda choice: choice.unmet)
 
@@ -271,17 +271,7 @@ def hardest_to_replace(
         random_direction_rate(train, edit, found.strength, config, bench.config.seed) for found, edit in edits
     ]
     tried = [(found, edit, push) for (found, edit), push in zip(edits, pushes, strict=True)]
-    return sorted(tried, key=lambda one: pushed(one[2], config))
-
-
-def pushed(rate: float, config: EditConfig) -> float:
-    """What random directions flip, where it is above the limit; below it all are alike."""
-    return max(rate, config.control_limit)
-
-
-def exceeded(value: float, budget: float) -> float:
-    """How many whole times a value takes up its budget again: 0 within it, 1 up to twice as much."""
-    return max(0, math.ceil(value / budget) - 1) if math.isfinite(value) else math.inf
+    return sorted(tried, key=lambda one: max(one[2], config.control_limit))  # below it all are alike
 
 
 def search_streams(bench: Bench, circuit: Circuit) -> PromptStreams:

@@ -1,14 +1,23 @@
 """The search for few nodes where the best set is known: what must move together, be dropped, be exchanged."""
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 import pytest
 import torch
 
-from bridges.choose import Growth, edits_to_try, grow_edits, growth_facts, later_facts
+from bridges.choose import (
+    Growth,
+    edits_to_try,
+    grow_edits,
+    growth_facts,
+    later_facts,
+    unmet_in_training,
+)
 from bridges.dense import DenseModel
 from bridges.evaluate import measure_energies_
 from bridges.search import EditConfig, Outcome, SiteSearch, grow, swap
+from bridges.steering_gate import GateConfig
 from bridges.streams import PromptStreams
 from bridges.warm_start import StudentShape, make_student
 from extractor.circuit import Circuit
@@ -181,3 +190,23 @@ def test_edits_are_tried_by_strength_then_goal_then_size() -> None:
     ]
     assert edits_to_try([growth(first, [0.1], [0.2])], EditConfig())[0].size == 1  # what flips most
     assert edits_to_try([], EditConfig()) == []
+
+
+def test_what_speaks_against_an_edit_is_ordered() -> None:
+    def unmet(kl: float, push: float, flips: float) -> tuple[float, float, bool]:
+        return unmet_in_training(kl, push, flips, EditConfig(control_limit=0.05), GateConfig(kl_budget=0.01))
+
+    good = unmet(0.009, 0.05, 0.8)
+    assert not any(good)
+    assert unmet(0.019, 0.0, 0.8) == unmet(0.011, 0.05, 0.8)  # one budget more, and a push within its limit
+    in_order = [
+        good,
+        unmet(0.0, 0.0, 0.1),  # a shut gate
+        unmet(0.0, 0.06, 0.8),
+        unmet(0.0, 0.2, 0.8),
+        unmet(0.011, 0.0, 0.8),
+        unmet(0.021, 0.0, 0.8),
+        unmet(math.inf, 0.0, 0.8),
+    ]
+    assert in_order == sorted(in_order)
+    assert len(set(in_order)) == len(in_order)
