@@ -7,7 +7,6 @@ from extractor.circuit import Circuit
 from extractor.errors import InputError
 from extractor.statistics import holm
 
-START, END = "<!-- circuits -->", "<!-- /circuits -->"
 COLUMNS = {
     "task": "task",
     "student_accuracy": "whole student",
@@ -46,23 +45,24 @@ def circuit_table(circuits: Sequence[Circuit]) -> str:
     return "\n".join([*lines, "", f"Verdicts: {counts}.", ""])
 
 
-def put_table(path: Path, table: str) -> None:
-    """Put a table between the markers of a Markdown file.
+def put_table(path: Path, table: str, name: str = "circuits") -> None:
+    """Put a table between the markers of a Markdown file, `<!-- name -->` and `<!-- /name -->`.
 
     Raises:
         InputError: no such file, or not exactly one pair of markers.
     """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"table '{path}' cannot be read: {error.strerror}") from None
-    if text.count(START) != 1 or text.count(END) != 1:
+    if text.count(start) != 1 or text.count(end) != 1:
         raise InputError(
-            f"table '{path}' needs one line '{START}' and one line '{END}'; the table goes between"
+            f"table '{path}' needs one line '{start}' and one line '{end}'; the table goes between"
         )
-    before, rest = text.split(START)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{START}\n{table}{END}{after}", encoding="utf-8")
+    before, rest = text.split(start)
+    after = rest.split(end)[1]
+    path.write_text(f"{before}{start}\n{table}{end}{after}", encoding="utf-8")
 
 
 def _row(circuit: Circuit) -> dict[str, str]:
