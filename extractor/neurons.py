@@ -24,7 +24,7 @@ def dead_neurons(student: Student) -> list[Tensor]:
 
 
 @torch.no_grad()
-def revive_(student: Student, *, weights: int, seed: int, step: int) -> int:
+def revive_(student: Student, *, seed: int, step: int, weights: int = 4) -> int:
     """Give every dead neuron `weights` new weights in and out; returns how many there were.
 
     Each new weight is as large as its matrix's mean kept one, so it outlasts the next projections and has

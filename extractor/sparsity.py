@@ -24,6 +24,7 @@ from extractor.projection import Projection, project_
 from extractor.selection import abs_topk, keep_largest
 
 __all__ = [
+    "Score",
     "SparsityConfig",
     "WeightSparsifier",
     "abs_topk",
@@ -34,9 +35,16 @@ __all__ = [
 ]
 
 
+FACTOR_FLOOR = 1e-6  # of a factor's mean: nothing counts for nothing
+Score = Literal["magnitude", "input", "curvature"]
+
+
 class SparsityConfig(Config):
     """Weight sparsity and its schedule."""
 
+    score: Score = "magnitude"
+    """By what the largest weights are chosen: |w|, as the paper; |w| times the RMS of its input; or |w| times
+    the root of its mean squared gradient (`extractor.scores`)."""
     density: float = Field(0.125, gt=0, le=1)
     """Share of nonzero weights in every matrix at the end; 1.0 leaves the weights as they are."""
     embedding_density: float | None = Field(None, gt=0, le=1)
@@ -97,22 +105,28 @@ class WeightSparsifier:
         return num_kept(parameter.numel(), anneal(self.config, target, step, self.num_steps, start))
 
     @torch.no_grad()
-    def project_(self, step: int) -> float:
+    def project_(self, step: int, factors: Mapping[str, Tensor] | None = None) -> float:
         """Zero all but the k largest |weights| of every matrix, in place; returns the density.
 
         Projected again at the same step, weights stay as they are.
+
+        Args:
+            factors: of matrices whose |weights| count that many times (`extractor.scores`).
         """
         least, here = self.config.min_weights_per_neuron, []
         for name, parameter in self.parameters.items():
             k = self.num_kept(name, step)
             if k == parameter.numel():
                 continue
-            projection = Projection(whole(parameter).detach(), k, floor_axis(name) if least else None)
-            if isinstance(parameter, DTensor):  # one gathered matrix at a time
-                project_([projection], least)
-                parameter.to_local().copy_(_part(projection.weight, parameter))
+            axis, weight = floor_axis(name) if least else None, whole(parameter).detach()
+            if factors and name in factors:
+                _project_scored(Projection(weight, k, axis), whole(factors[name]), least)
+            elif isinstance(parameter, DTensor):  # one gathered matrix at a time
+                project_([Projection(weight, k, axis)], least)
             else:
-                here.append(projection)
+                here.append(Projection(weight, k, axis))
+            if isinstance(parameter, DTensor):
+                parameter.to_local().copy_(_part(weight, parameter))
         project_(here, least)
         return self.density(step)
 
@@ -159,6 +173,14 @@ class WeightSparsifier:
                 f"sparsity.min_weights_per_neuron {j}: '{name}' has {units} units, which need {j * units} "
                 f"weights, and keeps {k} at density {self.config.density}; at most {k // units} fit"
             )
+
+
+def _project_scored(projection: Projection, factor: Tensor, least: int) -> None:
+    """The same by |weights| times a factor; where that is zero, an entry still comes before a zero."""
+    smallest = torch.finfo(factor.dtype).tiny / torch.finfo(factor.dtype).eps
+    scored = projection.weight * (factor + factor.mean() * FACTOR_FLOOR + smallest)
+    project_([projection._replace(weight=scored)], least)
+    projection.weight.masked_fill_(scored == 0, 0)
 
 
 def _part(matrix: Tensor, parameter: DTensor) -> Tensor:

@@ -65,6 +65,7 @@ from extractor.errors import UsageError
 from extractor.machine import Precision, fast_fp32, mixed_precision, start_processes, to_device, use_all_cores
 from extractor.neurons import dead_neurons, revive_
 from extractor.rotation import RotationConfig
+from extractor.scores import WeightScores
 from extractor.sparsity import SparsityConfig, WeightSparsifier, anneal
 from extractor.student import Student
 from extractor.text import describe_data
@@ -81,8 +82,6 @@ from extractor.training import (
     make_optimizer,
     mean_over_processes,
 )
-
-REVIVED_WEIGHTS = 4  # in and out of a neuron: the paper's least number
 
 
 class TrainConfig(Config):
@@ -262,6 +261,7 @@ def train_student(
         load_optimizer(checkpoint, coupled, optimizer.optimizer)
     # After `prepare`: sharding puts other tensors in the place of the parameters.
     sparsifier = WeightSparsifier(dict(student.named_parameters()), config.sparsity, num_steps, densities)
+    scores = WeightScores(student, config.sparsity.score, optimizer)
     if config.sparsity.revive_steps and any(isinstance(p, DTensor) for p in student.parameters()):
         raise UsageError("sparsity.revive_steps writes single weights, which FSDP2 shards; use DDP, or 0")
     metrics = MetricsFile(config.run / "metrics.jsonl", first_step, is_writer=accelerator.is_main_process)
@@ -280,11 +280,11 @@ def train_student(
             losses = accumulate_gradients(config, accelerator, model, train, step)
             norm = control_gradients_(accelerator, model.parameters(), config.optimizer)
             watch.step(optimizer, norm)
-            density = sparsifier.project_(step + 1)
+            density = sparsifier.project_(step + 1, scores.factors())
             optimizer.zero_grad()
             if is_due(step + 1, config.sparsity.revive_steps):
-                revive_(student, weights=REVIVED_WEIGHTS, seed=config.seed, step=step + 1)
-                sparsifier.project_(step + 1)
+                revive_(student, seed=config.seed, step=step + 1)
+                sparsifier.project_(step + 1, scores.factors())
             is_last = step + 1 == num_steps
             if is_due(step + 1, config.logging_steps) or is_last:
                 row = mean_over_processes(losses, accelerator) | {

@@ -180,6 +180,24 @@ def assert_same_run(run: Path, expected: Path) -> None:
         assert all(torch.equal(first[key], second[key]) for key in first), name
 
 
+@pytest.mark.parametrize("score", ["input", "curvature"])
+def test_a_run_that_selects_by_more_than_size_resumes_to_the_same_bits(
+    score: str, zygote: Zygote, arguments, uninterrupted, tmp_path
+) -> None:
+    whole, stopped, by_size = tmp_path / "whole", tmp_path / "stopped", uninterrupted[0]
+    scored = [*arguments, "--sparsity.score", score]
+    assert zygote.run([*scored, "--run", whole]) == 0
+
+    def at_a_checkpoint() -> None:
+        while not list((stopped / "checkpoints").glob("checkpoint-*")):
+            time.sleep(0.005)
+
+    assert zygote.run([*scored, "--run", stopped], stop=at_a_checkpoint) == signal.SIGKILL
+    assert zygote.run([*scored, "--run", stopped]) == 0
+    assert_same_run(stopped, whole)
+    assert metrics_of(whole) != metrics_of(by_size)
+
+
 def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(
     zygote: Zygote, arguments, uninterrupted, tmp_path
 ) -> None:

@@ -448,11 +448,14 @@ def test_pretraining_gives_a_checkpoint_that_train_can_start_from(tmp_path, monk
 # --- processes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("placement", ["replicate", "shard"])
-def test_two_processes_equal_one(placement: str, tiny_checkpoint, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("placement", "score"),
+    [("replicate", "magnitude"), ("shard", "magnitude"), ("replicate", "input"), ("shard", "curvature")],
+)
+def test_two_processes_equal_one(placement: str, score: str, tiny_checkpoint, tmp_path, monkeypatch) -> None:
     """Half the batch on each of two gloo processes: the same losses and the same weights."""
     one, two = tmp_path / "one", tmp_path / "two"
-    shared = ["--dense.path", str(tiny_checkpoint), *TRAIN]
+    shared = ["--dense.path", str(tiny_checkpoint), *TRAIN, "--sparsity.score", score]
     process = start_two(
         "train", *shared, "--run", two, "--per_device_train_batch_size", "2", "--dense.placement", placement
     )
