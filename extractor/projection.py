@@ -123,34 +123,45 @@ def _find_cut(projection: Projection, least: int) -> _Cut | None:
         return None
     if axis is None:
         return _Cut(int(threshold), NO_PLACES)
-    counts = _count_units(sizes >= threshold, axis)
+    keep = sizes >= threshold
+    counts = _count_units(keep, axis)
     if (counts >= least).all():
         return _Cut(int(threshold), NO_PLACES)
-    return _raise_cut(bits, sizes, int(threshold), k, least, axis)
+    return _raise_cut(bits, sizes, keep, counts, least, axis)
 
 
 def _raise_cut(
-    bits: np.ndarray, sizes: np.ndarray, threshold: int, k: int, least: int, axis: int
+    bits: np.ndarray, sizes: np.ndarray, keep: np.ndarray, counts: np.ndarray, least: int, axis: int
 ) -> _Cut | None:
     """Raise the cut until what lies above it and what units lack to their floor make k together.
 
-    Both together never grow as the cut rises, so the number above it is found by halving.
+    Both together never grow as the cut rises, so how many of the k above it must go is found by halving.
     """
-    above = np.flatnonzero(sizes >= threshold)
-    candidates = sizes.reshape(-1)[above]
-    order = np.argsort(candidates)[::-1]
-    ordered, above = candidates[order], above[order]
-    units = above // sizes.shape[1] if axis == 0 else above % sizes.shape[1]
+    places = np.flatnonzero(keep)
+    values, k = sizes.reshape(-1)[places], len(places)
+    units = places // sizes.shape[1] if axis == 0 else places % sizes.shape[1]
+    lowest = NO_PLACES
 
-    def lacking(number: int) -> np.ndarray:
-        return np.maximum(least - np.bincount(units[:number], minlength=sizes.shape[axis]), 0)
+    def lacking(gone: int) -> np.ndarray:
+        left = counts - np.bincount(units[lowest[:gone]], minlength=len(counts))
+        return np.maximum(least - left, 0)
 
-    fewest = bisect.bisect_left(range(k + 1), k, key=lambda number: number + lacking(number).sum())
-    if 0 < fewest < k and ordered[fewest] == ordered[fewest - 1]:
+    def is_too_many(gone: int) -> bool:
+        return int(lacking(gone).sum()) < gone
+
+    most, asked = 0, 1 + 2 * int(lacking(0).sum())
+    while most < k and not is_too_many(most):  # few have to go: the rest is not sorted
+        most, asked = min(k, asked), 2 * asked
+        lowest = np.argpartition(values, most - 1)[:most]
+        lowest = lowest[np.argsort(values[lowest])]
+    gone = bisect.bisect_left(range(most + 1), True, key=is_too_many) - 1
+    missing = _places_lacking(bits, np.flatnonzero(lacking(gone)), least, axis)
+    if gone == k:
+        return _Cut(int(np.iinfo(sizes.dtype).max), missing)
+    cut = values[lowest[gone]]
+    if gone and cut == values[lowest[gone - 1]]:
         return None
-    places = _places_lacking(bits, np.flatnonzero(lacking(fewest)), least, axis)
-    cut = ordered[fewest - 1] if fewest else np.iinfo(sizes.dtype).max
-    return _Cut(int(cut), places)
+    return _Cut(int(cut), missing)
 
 
 def _count_units(keep: np.ndarray, axis: int) -> np.ndarray:
