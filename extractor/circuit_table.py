@@ -22,6 +22,7 @@ COLUMNS = {
     "verdict": "verdict",
     "failed": "what it fails",
 }
+OF_NO_CIRCUIT = ("task", "student_accuracy", "verdict", "failed")
 NAMED = 3  # failed checks, the first ones; how many more there are is said
 
 
@@ -29,6 +30,7 @@ def circuit_table(circuits: Sequence[Circuit]) -> str:
     """Markdown; undefined values show as a dash, values that were not measured as "not run".
 
     `p` is that of a random circuit of the same size being as good alone, adjusted over the tasks (Holm).
+    Where no circuit was found there is nothing to show but the student and the verdict.
     """
     lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
     p_values = {
@@ -37,6 +39,8 @@ def circuit_table(circuits: Sequence[Circuit]) -> str:
     adjusted = holm({task: p for task, p in p_values.items() if p is not None})
     for circuit in sorted(circuits, key=lambda circuit: circuit.task):
         row = _row(circuit) | {"p": _number(adjusted.get(circuit.task))}
+        if _is_missing(circuit):
+            row = dict.fromkeys(COLUMNS, "-") | {name: row[name] for name in OF_NO_CIRCUIT}
         lines.append("| " + " | ".join(row[name] for name in COLUMNS) + " |")
     words = [_at(circuit.evidence, "verdict", "word") for circuit in circuits]
     counts = ", ".join(
@@ -87,7 +91,7 @@ def _row(circuit: Circuit) -> dict[str, str]:
 
 def _failed(circuit: Circuit) -> str:
     """Which checks do not pass, with value and limit: those that everything rests on come first."""
-    if "reached_loss" in circuit.settings and circuit.settings["reached_loss"] is None:
+    if _is_missing(circuit):
         return "no circuit: the student itself, or every mask, stays above the target loss"
     reasons = _at(circuit.evidence, "verdict", "reasons") or []
     failed = sorted(
@@ -100,6 +104,10 @@ def _failed(circuit: Circuit) -> str:
     ]
     more = [f"{len(failed) - NAMED} more"] if len(failed) > NAMED else []
     return "; ".join(words + more)
+
+
+def _is_missing(circuit: Circuit) -> bool:
+    return circuit.settings.get("reached_loss", 0.0) is None
 
 
 def _at(value: object, *keys: str) -> object:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from extractor.circuit import Circuit, edges_between
+from extractor.circuit_table import circuit_table
 from extractor.errors import InputError
 from extractor.evidence import gather_evidence
 from extractor.masks import Bank, mean_activations
@@ -239,3 +240,29 @@ def test_a_planted_circuit_is_supported_and_the_same_mask_on_nonsense_is_not() -
 
 def test_all_nodes_are_no_circuit() -> None:
     assert judged(False, "everything") == "not supported"
+
+
+def test_the_table_shows_nothing_of_a_circuit_that_was_not_found() -> None:
+    evidence = {
+        "student_accuracy": 0.5,
+        "loss": 0.7,
+        "sufficiency": 0.0,
+        "verdict": {"word": "not supported"},
+    }
+    evidence["random_circuits"] = {"sufficiency_p": 0.01}
+    found, missing = (
+        Circuit(task, frozenset(), (), student_sha256="", settings={"reached_loss": loss}, evidence=evidence)
+        for task, loss in (("found", 0.1), ("missing", None))
+    )
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in circuit_table([found, missing]).splitlines()
+    ]
+    assert rows[2][:6] == ["`found`", "50 %", "0", "0", "0.700", "0.00"]
+    assert rows[2][8] == "0.020"  # both were tried
+    assert rows[3][:3] == ["`missing`", "50 %", "-"]
+    assert set(rows[3][2:11]) == {"-"}
+    assert rows[3][11:] == [
+        "not supported",
+        "no circuit: the student itself, or every mask, stays above the target loss",
+    ]
