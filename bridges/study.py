@@ -105,7 +105,9 @@ def _line(own: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], t
     ]
 
 
-def _edges(whole: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[Mapping, Mapping]], target: str):
+def _edges(
+    whole: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[Mapping, Mapping]], target: str
+) -> tuple[float | None, int, int, float | None]:
     """Geometric mean of edges, circuits that reach the target, circuits looked for, ratio to the base."""
     sizes = [curve.get(target) for row in whole for curve in row["curves"].values()]
     found = [size for size in sizes if size is not None]

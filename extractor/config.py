@@ -86,7 +86,7 @@ def load_config(config_type: type[C], argv: Sequence[str]) -> C:
     values: dict[str, Any] = {}
     origin = "command line"
     if config_path := overrides.pop("config", None):
-        values, origin = _read_yaml(Path(config_path)), config_path
+        values, origin = read_yaml(Path(config_path)), config_path
     _spell_out_shorthands(config_type, values)
     for dotted, text in overrides.items():
         _set_dotted(values, _full_key(config_type, dotted), _parse_value(dotted, text))
@@ -149,7 +149,12 @@ def _switches(config_type: type[Config], prefix: str = "") -> set[str]:
     return found
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Keys and values of a YAML file; none, where it is empty.
+
+    Raises:
+        UsageError: no such file, not YAML, or something else at its top level.
+    """
     if not path.is_file():
         raise UsageError(f"--config: no file at '{path}'")
     try:

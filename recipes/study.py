@@ -10,7 +10,6 @@ the folder's results.json and is not measured again with the same settings and d
 can go on later, or elsewhere. study.md in the run folder is the table.
 """
 
-import contextlib
 import runpy
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm
 from bridges.study import run_figures, study_table
 from extractor.artifacts import SCHEMA_VERSION, fingerprint, read_json, text_sha256, write_json, write_text
 from extractor.circuit_table import put_table
-from extractor.config import Config, dump_config, load_config, run_recipe
+from extractor.config import Config, dump_config, load_config, read_yaml, run_recipe
 from extractor.errors import DivergedError, InputError, UsageError
 from extractor.machine import start_processes
 from extractor.size_curve import TARGET_LOSSES
@@ -59,14 +58,15 @@ class Planned:
     variant: str
     changes: Mapping[str, Any]  # by dotted key
     config: Config  # of recipes/train.py
-    extract: Mapping[str, Any] | None  # settings of recipes/extract.py
+    extract: Config | None  # of recipes/extract.py
 
     @property
     def sha256(self) -> str:
         """Of everything that is the study's to choose: the same, the same run."""
         settings = self.config.model_dump(mode="json", exclude={"run"})
         dense = Path(self.config.dense.path)
-        return text_sha256([settings, fingerprint(dense) if dense.is_dir() else None, self.extract])
+        extract = self.extract and self.extract.model_dump(mode="json", exclude={"run"})
+        return text_sha256([settings, fingerprint(dense) if dense.is_dir() else None, extract])
 
 
 def main(config: StudyConfig) -> None:
@@ -108,11 +108,12 @@ def plan_runs(config: StudyConfig) -> Iterator[Planned]:
         raise UsageError(f"variants: there is no {unknown[0]}.yaml in '{config.folder}'")
     names = [BASE, *(name for name in files if name != BASE and name in (config.variants or files))]
     train_config = runpy.run_path(str(TRAIN))["TrainConfig"]
-    extract = config.folder / "extract.yaml"
-    settings = yaml.safe_load(extract.read_text(encoding="utf-8")) if extract.exists() else None
+    changed = {name: dotted(read_yaml(files[name])) if name != BASE else {} for name in names}
+    extract, settings = config.folder / "extract.yaml", None
+    if extract.exists():
+        settings = load_config(runpy.run_path(str(EXTRACT))["ExtractConfig"], ["--config", str(extract)])
     for seed in config.seeds:
-        for name in names:
-            changes = {} if name == BASE else dotted(yaml.safe_load(files[name].read_text(encoding="utf-8")))
+        for name, changes in changed.items():
             run = {"run": str(config.run / f"{name}-{seed}"), "seed": seed}
             values = {
                 key: yaml.safe_dump(value, default_flow_style=True) for key, value in (changes | run).items()
@@ -125,10 +126,10 @@ def plan_runs(config: StudyConfig) -> Iterator[Planned]:
             yield Planned(name, changes, own, settings)
 
 
-def dotted(values: Mapping[str, Any] | None, prefix: str = "") -> dict[str, Any]:
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level of dotted keys."""
     found: dict[str, Any] = {}
-    for key, value in (values or {}).items():
+    for key, value in values.items():
         inner = isinstance(value, Mapping) and value
         found |= dotted(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return found
@@ -147,17 +148,18 @@ def measure(planned: Planned) -> dict[str, Any]:
         return undefined("training diverged")
     if planned.extract is not None:
         settings = written.with_suffix(".extract.yaml")
-        write_text(settings, yaml.safe_dump(dict(planned.extract)))
+        write_text(settings, dump_config(planned.extract))
         call(EXTRACT, "--config", str(settings), "--run", str(run))
     return run_figures(run)
 
 
 def call(recipe: Path, *arguments: str) -> None:
     """Another recipe in this process, as from the command line."""
-    with contextlib.ExitStack() as stack:
-        stack.callback(setattr, sys, "argv", sys.argv)
-        sys.argv = [str(recipe), *arguments]
+    before, sys.argv = sys.argv, [str(recipe), *arguments]
+    try:
         runpy.run_path(str(recipe), run_name="__main__")
+    finally:
+        sys.argv = before
 
 
 if __name__ == "__main__":

@@ -97,6 +97,8 @@ def test_circuits_are_measured_where_the_study_says_how(study, tmp_path, monkeyp
     [
         ("wrong", {"sparsity": {"densty": 0.1}}, [], 2, "variant wrong: unknown key 'sparsity.densty'"),
         ("wrong", {"max_steps": -1}, [], 2, "variant wrong: max_steps: got -1"),
+        ("wrong", ["sparsity"], [], 2, "wrong.yaml: the top level must be keys and values"),
+        ("extract", {"prune": {"stepz": 1}}, [], 2, "unknown key 'prune.stepz'"),
         ("fine", {}, ["--variants", "[absent]"], 2, "variants: there is no absent.yaml in"),
         ("fine", {}, ["--target_loss", "0.2"], 2, "target_loss: got 0.2; allowed are"),
     ],
