@@ -22,7 +22,7 @@ Factors = Mapping[str, Float[Tensor, "..."]]  # by parameter; broadcast over its
 
 
 class WeightScores:
-    """Factors of a student's matrices, after every optimiser step."""
+    """Factors of a student's matrices after every optimiser step; at its end as a context it stops looking."""
 
     def __init__(self, student: nn.Module, score: Score, optimizer: torch.optim.Optimizer):
         self.score = score
@@ -30,10 +30,18 @@ class WeightScores:
         self.parameters = {name: own for name, own in student.named_parameters() if own.ndim == 2}
         self.squares: dict[str, Tensor] = {}  # summed over tokens
         self.is_read = False  # the next pass is another step's
-        if score == "input":
-            for name, module in student.named_modules():
-                if isinstance(module, nn.Linear):
-                    module.register_forward_pre_hook(self._note_as(f"{name}.weight"))
+        linears = [own for own in student.named_modules() if isinstance(own[1], nn.Linear)]
+        self.hooks = [
+            module.register_forward_pre_hook(self._note_as(f"{name}.weight"))
+            for name, module in (linears if score == "input" else ())
+        ]
+
+    def __enter__(self) -> "WeightScores":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
     def _note_as(self, name: str):
         @torch.no_grad()

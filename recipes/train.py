@@ -267,7 +267,7 @@ def train_student(
     metrics = MetricsFile(config.run / "metrics.jsonl", first_step, is_writer=accelerator.is_main_process)
     watch = Watch(config.run, config.watch, is_writer=accelerator.is_main_process)
     meter = Meter(accelerator, first_step, num_steps, tokens_per_step(config, accelerator))
-    with StopSignals(accelerator) as signals:
+    with StopSignals(accelerator) as signals, scores:
         for step in meter.steps():
             density = sparsifier.density(step)
             rate = learning_rate(step, num_steps, config.optimizer, density, config.sparsity.density)

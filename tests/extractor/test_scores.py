@@ -65,6 +65,11 @@ def test_input_factors_are_the_rms_of_what_each_matrix_reads_since_the_last_step
         squares = recorder[address].detach().float().square().flatten(0, -2)
         torch.testing.assert_close(factors[own], squares.sum(0).sqrt())
         assert torch.equal(factors[own], again[own])
+    with scores:
+        student(old)
+    after = scores.factors()
+    student(ids)  # training is over
+    assert all(torch.equal(after[name], value) for name, value in scores.factors().items())
 
 
 def test_curvature_factors_are_the_optimisers(student: Student) -> None:
