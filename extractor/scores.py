@@ -22,7 +22,7 @@ Factors = Mapping[str, Float[Tensor, "..."]]  # by parameter; broadcast over its
 
 
 class WeightScores:
-    """Factors of a student's matrices after every optimiser step; at its end as a context it stops looking."""
+    """Factors of a student's matrices after every optimiser step; a context: at its end it stops looking."""
 
     def __init__(self, student: nn.Module, score: Score, optimizer: torch.optim.Optimizer):
         self.score = score
