@@ -1,4 +1,4 @@
-"""One server of the service for all tests that only ask it: to start one takes seconds."""
+"""One server of the service and one parent of recipe processes for all tests: to start one takes seconds."""
 
 from collections.abc import Iterator
 
@@ -14,3 +14,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     yield server
     server.close()
     assert "Traceback" not in server.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[object]:
+    """Starts recipes on one process or more (see `tests.recipes.forks`)."""
+    from tests.recipes.forks import Forks
+
+    with Forks() as forks:
+        yield forks

@@ -4,10 +4,7 @@ import json
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,37 +23,32 @@ from extractor.training import (
     learning_rate,
 )
 from tests.conftest import ROOT
-from tests.recipes.test_recipes import TRAIN, metrics_of, run_in_process, start
+from tests.recipes.forks import Forks
+from tests.recipes.test_recipes import TRAIN, metrics_of, run_in_process
 
 # --- processes -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def workers(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same twenty steps, 8 blocks each: on one process, in four micro-batches, on two, and sharded."""
     folder = tmp_path_factory.mktemp("workers")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    runs = {
-        "one": [sys.executable, "-m", "tests.recipes.worker", "ddp", "8", "1"],
-        "accumulated": [sys.executable, "-m", "tests.recipes.worker", "ddp", "2", "4"],
-        "ddp": [*torchrun, "-m", "tests.recipes.worker", "ddp", "4", "1"],
-        "ddp accumulated": [*torchrun, "-m", "tests.recipes.worker", "ddp", "1", "4"],
-        "fsdp": [*torchrun, "-m", "tests.recipes.worker", "fsdp", "4", "1"],
-        "dense sharded": [*torchrun, "-m", "tests.recipes.worker", "shard", "4", "1"],
-        "nan": [*torchrun, "-m", "tests.recipes.worker", "nan", "4", "1"],
+    runs = {  # processes, mode, batch, micro-batches
+        "one": (1, "ddp", 8, 1),
+        "accumulated": (1, "ddp", 2, 4),
+        "ddp": (2, "ddp", 4, 1),
+        "ddp accumulated": (2, "ddp", 1, 4),
+        "fsdp": (2, "fsdp", 4, 1),
+        "dense sharded": (2, "shard", 4, 1),
+        "nan": (2, "nan", 4, 1),
     }
-    for name, command in runs.items():
-        run_worker(*command, folder / name)
+    for name, (processes, *arguments) in runs.items():
+        assert forks.run("tests.recipes.worker", [*arguments, folder / name], processes=processes) == 0
     for name in ("ddp", "fsdp"):  # stopped half way, then started again
         for last in (10, 20):
-            run_worker(*runs[name], folder / f"{name} resumed", last)
+            arguments = [*runs[name][1:], folder / f"{name} resumed", last]
+            assert forks.run("tests.recipes.worker", arguments, processes=2) == 0
     return {path.name: path for path in folder.iterdir()}
-
-
-def run_worker(*command: object) -> None:
-    process = start(*command, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, (command, errors[-2000:])
 
 
 @pytest.mark.parametrize("name", ["accumulated", "ddp", "ddp accumulated", "fsdp", "dense sharded"])
@@ -129,46 +121,14 @@ def arguments(tiny_checkpoint: Path, text: Path) -> list[str]:
     return ["--dense.path", str(tiny_checkpoint), *TRAIN, *LONG, "--data.source", str(text)]
 
 
-class Zygote:
-    """Runs of recipes/train.py that can be killed (see `tests.recipes.zygote`)."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.recipes.zygote"],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-
-    def run(
-        self,
-        arguments: list[str],
-        *,
-        stop: Callable[[], None] | None = None,
-        by: int = signal.SIGKILL,
-    ) -> int:
-        """Start a run, signal it when `stop` returns, return its wait status."""
-        self.process.stdin.write(json.dumps(list(map(str, arguments))) + "\n")
-        self.process.stdin.flush()
-        child = int(self.process.stdout.readline())
-        if stop is not None:
-            stop()
-            subprocess.run(["kill", f"-{by}", str(child)], check=False, capture_output=True)
-        return int(self.process.stdout.readline())
-
-
 @pytest.fixture(scope="module")
-def zygote():
-    zygote = Zygote()
-    yield zygote
-    zygote.process.stdin.close()
-    zygote.process.wait(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(zygote: Zygote, arguments, tmp_path_factory) -> tuple[Path, float]:
+def uninterrupted(forks: Forks, arguments, tmp_path_factory) -> tuple[Path, float]:
     run = tmp_path_factory.mktemp("engine") / "whole"
-    zygote.run([*arguments, "--run", tmp_path_factory.mktemp("warm") / "run"])  # fills the token cache
+    forks.run(
+        "recipes.train", [*arguments, "--run", tmp_path_factory.mktemp("warm") / "run"]
+    )  # fills the token cache
     started = time.monotonic()
-    assert zygote.run([*arguments, "--run", run]) == 0
+    assert forks.run("recipes.train", [*arguments, "--run", run]) == 0
     return run, time.monotonic() - started
 
 
@@ -182,24 +142,24 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("score", ["input", "curvature"])
 def test_a_run_that_selects_by_more_than_size_resumes_to_the_same_bits(
-    score: str, zygote: Zygote, arguments, uninterrupted, tmp_path
+    score: str, forks: Forks, arguments, uninterrupted, tmp_path
 ) -> None:
     whole, stopped, by_size = tmp_path / "whole", tmp_path / "stopped", uninterrupted[0]
     scored = [*arguments, "--sparsity.score", score]
-    assert zygote.run([*scored, "--run", whole]) == 0
+    assert forks.run("recipes.train", [*scored, "--run", whole]) == 0
 
     def at_a_checkpoint() -> None:
         while not list((stopped / "checkpoints").glob("checkpoint-*")):
             time.sleep(0.005)
 
-    assert zygote.run([*scored, "--run", stopped], stop=at_a_checkpoint) == signal.SIGKILL
-    assert zygote.run([*scored, "--run", stopped]) == 0
+    assert forks.run("recipes.train", [*scored, "--run", stopped], stop=at_a_checkpoint) == signal.SIGKILL
+    assert forks.run("recipes.train", [*scored, "--run", stopped]) == 0
     assert_same_run(stopped, whole)
     assert metrics_of(whole) != metrics_of(by_size)
 
 
 def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(
-    zygote: Zygote, arguments, uninterrupted, tmp_path
+    forks: Forks, arguments, uninterrupted, tmp_path
 ) -> None:
     expected, seconds = uninterrupted
     moments = random.Random(0)
@@ -207,7 +167,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(
     kills, finished = 0, 0
     while kills < 20:
         moment = moments.uniform(0.05, 0.95) * seconds
-        status = zygote.run([*arguments, "--run", run], stop=lambda: time.sleep(moment))  # noqa: B023
+        status = forks.run("recipes.train", [*arguments, "--run", run], stop=lambda: time.sleep(moment))  # noqa: B023
         if status == signal.SIGKILL:
             kills += 1
             torn = list((run / "checkpoints").glob("checkpoint-*")) if run.exists() else []
@@ -216,24 +176,24 @@ def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(
             assert status == 0
             assert_same_run(run, expected)
             run, finished = tmp_path / f"killed-{kills}", finished + 1
-    assert zygote.run([*arguments, "--run", run]) == 0
+    assert forks.run("recipes.train", [*arguments, "--run", run]) == 0
     assert_same_run(run, expected)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_stop_signal_leaves_a_checkpoint_of_the_last_step(
-    number: int, code: int, zygote: Zygote, arguments, uninterrupted, tmp_path
+    number: int, code: int, forks: Forks, arguments, uninterrupted, tmp_path
 ) -> None:
     expected, _ = uninterrupted
     run = tmp_path / "stopped"
     rarely = [*arguments, "--run", run, "--save_steps", "1000"]
-    status = zygote.run(rarely, stop=lambda: wait_for_metrics(run, 5), by=number)
+    status = forks.run("recipes.train", rarely, stop=lambda: wait_for_metrics(run, 5), by=number)
     assert status >> 8 == code, status
     checkpoints = list((run / "checkpoints").glob("checkpoint-*"))
     assert len(checkpoints) == 1
     assert f"checkpoint-{metrics_of(run)[-1]['step']}" == checkpoints[0].name
     assert len(metrics_of(run)) < 30
-    assert zygote.run(rarely) == 0
+    assert forks.run("recipes.train", rarely) == 0
     assert_same_run(run, expected)
 
 

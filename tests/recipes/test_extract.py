@@ -8,7 +8,7 @@ import pytest
 
 from extractor.circuit import Circuit
 from extractor.compact import CompactStudent
-from tests.recipes.test_recipes import EXTRACT, TRAIN, run_in_process, start_two
+from tests.recipes.test_recipes import EXTRACT, TRAIN, run_in_process
 
 # About chance: some nodes will do.
 REACHED = ["--prune.target_loss", "1.7", "--prune.selection_frac", "0.407"]
@@ -89,15 +89,13 @@ COMPARE = ["--compare_dense", "true", "--rotation.stream_steps", "20", "--rotati
 
 
 def test_two_processes_find_what_one_finds(
-    run: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch
+    run: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch, forks
 ) -> None:
     """Tasks, and the dense model's searches, are shared out: the same circuits, sizes and tables."""
     other = shutil.copytree(run, tmp_path / "two")
     arguments = [*EXTRACT, *REACHED, *COMPARE, "--curve", "true", "--dense.path", str(tiny_checkpoint)]
-    process = start_two("extract", *arguments, "--run", other)
     run_in_process(monkeypatch, "extract", *arguments, "--run", run)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-2000:]
+    assert forks.run("recipes.extract", [*arguments, "--run", other], processes=2) == 0
     for task in ("with_as", "bracket_paren"):
         one, two = (Circuit.load(folder / "circuits" / f"{task}.json") for folder in (run, other))
         assert one.nodes, task

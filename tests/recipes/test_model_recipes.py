@@ -30,7 +30,8 @@ CONFIGS = {
     "train": "TrainConfig", "extract": "ExtractConfig", "edit": "EditRecipeConfig", "audit": "AuditConfig",
     "pretrain": "PretrainConfig", "transfer": "TransferConfig", "compare": "CompareConfig",
 }  # fmt: skip
-YAMLS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
+OTHERS = ("accelerate", "study")  # launch settings, read below; what variants change, in test_study.py
+YAMLS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name not in OTHERS)
 
 
 def read(path: Path) -> Config:

@@ -448,20 +448,7 @@ def test_pretraining_gives_a_checkpoint_that_train_can_start_from(tmp_path, monk
 # --- processes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("placement", "score"),
-    [("replicate", "magnitude"), ("shard", "magnitude"), ("replicate", "input"), ("shard", "curvature")],
-)
-def test_two_processes_equal_one(placement: str, score: str, tiny_checkpoint, tmp_path, monkeypatch) -> None:
-    """Half the batch on each of two gloo processes: the same losses and the same weights."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    shared = ["--dense.path", str(tiny_checkpoint), *TRAIN, "--sparsity.score", score]
-    process = start_two(
-        "train", *shared, "--run", two, "--per_device_train_batch_size", "2", "--dense.placement", placement
-    )
-    run_in_process(monkeypatch, "train", *shared, "--run", one)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-2000:]
+def assert_equal_but_for_rounding(one: Path, two: Path) -> None:
     for row, other in zip(metrics_of(one), metrics_of(two), strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
     weights, others = (load_file(run / "student" / "model.safetensors") for run in (one, two))
@@ -469,6 +456,30 @@ def test_two_processes_equal_one(placement: str, score: str, tiny_checkpoint, tm
         same = (value != 0) == (others[name] != 0)
         assert same.float().mean() > 0.99, name  # near-ties may fall either way
         torch.testing.assert_close(value[same], others[name][same], atol=1e-4, rtol=1e-3)
+
+
+def test_two_processes_equal_one(trained: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Half the batch on each of two gloo processes, launched as a user does: the same losses and weights."""
+    two = tmp_path / "two"
+    half = ["--dense.path", tiny_checkpoint, *TRAIN, "--per_device_train_batch_size", "2"]
+    process = start_two("train", *half, "--run", two)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-2000:]
+    assert_equal_but_for_rounding(trained, two)
+
+
+@pytest.mark.parametrize(
+    ("placement", "score"), [("shard", "magnitude"), ("replicate", "input"), ("shard", "curvature")]
+)
+def test_two_processes_equal_one_however_they_share(
+    placement: str, score: str, tiny_checkpoint, tmp_path, monkeypatch, forks
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    shared = ["--dense.path", tiny_checkpoint, *TRAIN, "--sparsity.score", score]
+    run_in_process(monkeypatch, "train", *shared, "--run", one)
+    half = ["--run", two, "--per_device_train_batch_size", "2", "--dense.placement", placement]
+    assert forks.run("recipes.train", [*shared, *half], processes=2) == 0
+    assert_equal_but_for_rounding(one, two)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(trained, tiny_checkpoint, tmp_path, monkeypatch) -> None:
