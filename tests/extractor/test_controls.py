@@ -64,13 +64,14 @@ def verdict_of(planted, prompts: dict[str, TaskBatch], config: PruneConfig) -> s
     return judge(evidence, good_controls(), Thresholds(random_circuits=10, max_p=0.4)).word
 
 
-def test_twenty_nonsense_tasks_are_never_supported(planted) -> None:
+@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_nonsense_tasks_are_never_supported(count: int, planted) -> None:
     """While the true task, extracted and judged the same way, is."""
     prompts = planted[1]
     config = PruneConfig(pairs_per_step=32, target="answer")
     assert verdict_of(planted, prompts, config) == "supported"
     short = config.model_copy(update={"steps": 30})
-    for seed in range(20):
+    for seed in range(count):
         nonsense = {split: exchanged(own, 3 * seed + SPLITS[split]) for split, own in prompts.items()}
         assert verdict_of(planted, nonsense, short) == "not supported"
 

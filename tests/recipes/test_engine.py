@@ -158,14 +158,15 @@ def test_a_run_that_selects_by_more_than_size_resumes_to_the_same_bits(
     assert metrics_of(whole) != metrics_of(by_size)
 
 
-def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(
-    forks: Forks, arguments, uninterrupted, tmp_path
+@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(
+    times: int, forks: Forks, arguments, uninterrupted, tmp_path
 ) -> None:
     expected, seconds = uninterrupted
     moments = random.Random(0)
     run = tmp_path / "killed"
     kills, finished = 0, 0
-    while kills < 20:
+    while kills < times:
         moment = moments.uniform(0.05, 0.95) * seconds
         status = forks.run("recipes.train", [*arguments, "--run", run], stop=lambda: time.sleep(moment))  # noqa: B023
         if status == signal.SIGKILL:
