@@ -19,15 +19,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bridges.bridge import BridgeSet
 from bridges.edit import Edit
@@ -49,6 +47,9 @@ from extractor.errors import InputError
 from extractor.sites import Node
 from extractor.statistics import mean_interval, undefined
 from extractor.student import Student
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EDIT, MEANS, LORA = "edit", "difference of means", "LoRA"
 FORMS = ("everywhere", "gated")
@@ -367,17 +368,9 @@ def alternatives_table(found: Mapping[str, Any]) -> str:
     return "\n".join([*head, *rows]) + "\n"
 
 
-def plot_alternatives(found: Mapping[str, Any], path: Path) -> None:
-    """Indirect flip rate against off-target KL: a panel per form and direction, a line per method.
-
-    Without matplotlib one line says so, and nothing is drawn: every figure is in edit.json as well.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        tqdm.write(f"{path} was not drawn: it needs matplotlib; pip install 'sparsebridge[plot]'")
-        return
-    figure = Figure(figsize=(10, 7), layout="constrained")
+def draw_alternatives(figure: "Figure", found: Mapping[str, Any]) -> bool:
+    """Indirect flip rate against off-target KL: a panel per form and direction, a line per method."""
+    figure.set_size_inches(10, 7)
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     for axes_of_form, form in zip(panels, FORMS, strict=True):
         for axes, direction in zip(axes_of_form, DIRECTIONS, strict=True):
@@ -391,4 +384,4 @@ def plot_alternatives(found: Mapping[str, Any], path: Path) -> None:
     figure.supxlabel("off-target KL, nats/token")
     figure.supylabel("indirect flip rate")
     panels[0][0].legend(fontsize="small")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return True

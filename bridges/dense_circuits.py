@@ -6,7 +6,7 @@ turned ("rotated", `extractor.rotation`); neither is trained. All models get the
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
@@ -17,7 +17,6 @@ from bridges.dense import DenseModel
 from bridges.tables import markdown
 from bridges.warm_start import StudentShape, make_student
 from extractor.circuit import count_edges
-from extractor.errors import UsageError
 from extractor.masks import Bank, mean_activations
 from extractor.prices import node_prices
 from extractor.prune import PruneConfig, search_masks, task_settings
@@ -25,6 +24,9 @@ from extractor.rotation import RotationConfig
 from extractor.size_curve import TARGET_LOSSES, geometric_mean, size_curve
 from extractor.student import Student
 from extractor.tasks import TaskBatch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Prompts = Mapping[str, TaskBatch]  # by split
 
@@ -122,19 +124,11 @@ def comparison_table(comparison: Mapping[str, object]) -> str:
     return markdown(columns, rows)
 
 
-def plot_comparison(comparison: Mapping[str, object], path: Path) -> None:
-    """Edges against target loss, one line per model (geometric mean over the tasks that all reach).
-
-    Raises:
-        UsageError: matplotlib is not installed, or there is nothing to show.
-    """
+def draw_comparison(figure: "Figure", comparison: Mapping[str, object]) -> bool:
+    """Edges against target loss, one line per model (geometric mean over the tasks that all reach)."""
     if not any(_points(comparison["means"], name) for name in comparison["models"]):
-        raise UsageError("nothing to plot: there is no task on which all models reach a target loss")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("a plot needs matplotlib; pip install 'sparsebridge[plot]'") from None
-    figure = Figure(figsize=(6, 4), layout="constrained")
+        return False
+    figure.set_size_inches(6, 4)
     axes = figure.subplots()
     for name in comparison["models"]:
         points = _points(comparison["means"], name)
@@ -142,7 +136,7 @@ def plot_comparison(comparison: Mapping[str, object], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="edges (geometric mean over tasks)")
     axes.set_ylabel("task loss, nats")
     axes.legend()
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return True
 
 
 def _points(rows: Sequence[Mapping[str, object]], name: str) -> list[tuple[float, float]]:

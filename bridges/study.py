@@ -82,6 +82,16 @@ def study_table(rows: Sequence[Mapping[str, Any]], base: str, target_loss: float
     return markdown(COLUMNS, lines)
 
 
+def frontier(rows: Sequence[Mapping[str, Any]], target_loss: float) -> dict[str, list[tuple[float, float]]]:
+    """By variant, KL and geometric mean of edges of every run all of whose tasks reach the target."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        edges = [curve.get(str(target_loss)) for curve in row.get("curves", {}).values()]
+        if edges and None not in edges:
+            found.setdefault(row["variant"], []).append((row["kl"], geometric_mean(edges)))
+    return found
+
+
 def _line(own: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], target: str) -> list[str]:
     first, whole = own[0], [row for row in own if "undefined" not in row]
     changes = ", ".join(f"`{key}` {value}" for key, value in first["changes"].items())

@@ -5,7 +5,8 @@
 Adds the behaviour of dense model and student side by side and recorded interventions on circuit nodes, checks
 what was measured against thresholds that stand in the config, and writes the report. Reads evaluation.json,
 circuits/, edits/, manifest.json, and where they are there transfer/ and compare.json. Writes report.json,
-report.html, report.intoto.json (provenance as an in-toto statement) and model cards.
+report.html, report.intoto.json (provenance as an in-toto statement), model cards, and the paper's figures
+of the run in figures/ (extra `plot`).
 """
 
 import time
@@ -21,6 +22,7 @@ from bridges.cards import push, write_cards
 from bridges.checkpoint import DenseConfig
 from bridges.claims import Thresholds, check_criteria
 from bridges.desk import DeskConfig, record_desk
+from bridges.figures import write_figures
 from bridges.report import summary_rows, write_report
 from bridges.run_models import RunModels
 from extractor.artifacts import SCHEMA_VERSION, environment, file_sha256, read_json
@@ -90,6 +92,7 @@ def main(config: AuditConfig) -> None:
     page = write_report(report, config.run)
     write_statement(page)
     write_cards(config.run)
+    write_figures(config.run)
     print_summary(report)
     print(f"report: {page}")
     if config.push_to_hub:

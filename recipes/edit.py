@@ -28,7 +28,7 @@ from bridges.alternatives import (
     AlternativesConfig,
     alternatives_table,
     compare_alternatives,
-    plot_alternatives,
+    draw_alternatives,
 )
 from bridges.audit import EditAuditConfig, audit_edit
 from bridges.checkpoint import DenseConfig
@@ -52,6 +52,7 @@ from bridges.fresh import compare_exports
 from bridges.live import LiveEdit
 from bridges.low_rank import Prompts
 from bridges.off_target import HeldOutText
+from bridges.plots import draw
 from bridges.run_models import RunModels
 from bridges.search import EditConfig
 from bridges.steering import Direction
@@ -225,7 +226,7 @@ def make_edit(bench: Bench, circuit: Circuit) -> str:
         )
         add_facts(folder, {"alternatives": compared})
         write_text(folder / "alternatives.md", alternatives_table(compared))
-        plot_alternatives(compared, folder / "alternatives.svg")
+        draw(folder / "alternatives.svg", draw_alternatives, compared)
     if config.ship.adapter and (config.force or not edit.refusals):
         add_facts(folder, ship(bench, circuit, edit, folder, train.batch, held_out.batch))
     return describe(circuit.task, edit, found, time.monotonic() - started)

@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 
 from bridges.checkpoint import DenseConfig, check_same_tokenizer
 from bridges.dense import DenseModel
-from bridges.dense_circuits import compare_circuits, comparison_table, dense_views, plot_comparison
+from bridges.dense_circuits import compare_circuits, comparison_table, dense_views, draw_comparison
 from bridges.layouts import circuit_picture
+from bridges.plots import draw
 from extractor.artifacts import (
     SCHEMA_VERSION,
     combine_hashes,
@@ -360,8 +361,7 @@ def compare_with_dense(
     table = comparison_table(comparison)
     (config.run / "circuits-dense.md").write_text(table, encoding="utf-8")
     tqdm.write(table)
-    if any(row["tasks"] for row in comparison["means"]):
-        plot_comparison(comparison, config.run / "circuits-dense.svg")
+    draw(config.run / "circuits-dense.svg", draw_comparison, comparison)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ those of this recipe, `extract.yaml`, if it is there, settings of recipes/extrac
 circuits are measured too; every other file is a variant: what it changes of the base. All are checked before
 the first run. A run is an ordinary one, from a config that is written beside it. What was measured stands in
 the folder's results.json and is not measured again with the same settings and dense model, so that a study
-can go on later, or elsewhere. study.md in the run folder is the table.
+can go on later, or elsewhere. study.md in the run folder is the table, study.svg the paper's figure 3 (extra
+`plot`): how far each student is from its dense model against the size of its circuits.
 """
 
 import runpy
@@ -21,7 +22,9 @@ import yaml
 from pydantic import Field
 from tqdm.auto import tqdm
 
-from bridges.study import run_figures, study_table
+from bridges.figures import draw_frontier
+from bridges.plots import draw
+from bridges.study import frontier, run_figures, study_table
 from extractor.artifacts import SCHEMA_VERSION, fingerprint, read_json, text_sha256, write_json, write_text
 from extractor.circuit_table import put_table
 from extractor.config import Config, dump_config, load_config, read_yaml, run_recipe
@@ -88,8 +91,10 @@ def main(config: StudyConfig) -> None:
         if state.is_main_process:
             write_json(path, {"schema_version": SCHEMA_VERSION, "rows": rows})
     if state.is_main_process:
-        table = study_table([row for row in rows if row["sha256"] in planned], BASE, config.target_loss)
+        mine = [row for row in rows if row["sha256"] in planned]
+        table = study_table(mine, BASE, config.target_loss)
         write_text(config.run / "study.md", table)
+        draw(config.run / "study.svg", draw_frontier, frontier(mine, config.target_loss))
         if config.table is not None:
             put_table(config.table, table, "study")
         tqdm.write(table)

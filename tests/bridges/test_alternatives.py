@@ -13,7 +13,7 @@ from bridges.alternatives import (
     all_steerings,
     alternatives_table,
     compare_alternatives,
-    plot_alternatives,
+    draw_alternatives,
     random_nodes,
     steered_curve,
 )
@@ -29,6 +29,7 @@ from bridges.plain_directions import (
     probe_direction,
     unembedding_difference,
 )
+from bridges.plots import draw
 from bridges.steering import DIRECTIONS, acts_at, half, told_apart
 from bridges.steering_gate import GateConfig, fit_steering
 from bridges.streams import PromptStreams
@@ -292,7 +293,7 @@ def test_the_comparison_is_whole_and_its_rates_grow_with_the_limit(dense, tokens
         assert row["difference"]["value"] == pytest.approx(rates["edit"] - rates["difference of means"])
     table = alternatives_table(found).splitlines()
     assert len(table) == 2 + 7 * 2 + 1
-    plot_alternatives(found, tmp_path / "curves.svg")
+    assert draw(tmp_path / "curves.svg", draw_alternatives, found)
     assert "difference of means" in (tmp_path / "curves.svg").read_text()
 
 
@@ -345,6 +346,6 @@ def test_every_vector_gets_its_gate_in_the_same_way(dense, tokens) -> None:
 
 def test_without_matplotlib_one_line_says_so(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    plot_alternatives({}, tmp_path / "curves.svg")
+    assert not draw(tmp_path / "curves.svg", draw_alternatives, {})
     assert "pip install 'sparsebridge[plot]'" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

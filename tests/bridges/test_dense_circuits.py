@@ -8,10 +8,10 @@ from bridges.dense_circuits import (
     compare_circuits,
     comparison_table,
     dense_views,
+    draw_comparison,
     geometric_means,
-    plot_comparison,
 )
-from extractor.errors import UsageError
+from bridges.plots import draw
 from extractor.prune import PruneConfig
 from extractor.rotation import RotationConfig
 from extractor.sites import no_tap
@@ -51,8 +51,8 @@ def test_models_are_compared_on_the_same_tasks(dense: DenseModel, tokens: torch.
     assert {*comparison["models"]["dense, rotated"]["tasks"]} == {"first", "second"}
     table = comparison_table(comparison)
     assert table.count("\n") == 2 + len(comparison["means"])
-    with pytest.raises(UsageError, match="nothing to plot"):  # arbitrary answers are not to be had
-        plot_comparison(comparison, tmp_path / "sizes.svg")
+    assert not draw(tmp_path / "sizes.svg", draw_comparison, comparison)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_does_not_do_a_task_has_no_sizes_on_it(dense: DenseModel, tokens: torch.Tensor) -> None:
@@ -83,7 +83,7 @@ def test_the_table_says_how_many_times_fewer_edges_the_student_needs() -> None:
 def test_the_plot_has_a_line_per_model(tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     rows = [{"target_loss": loss, "edges": {"a": 10 / loss, "b": 1 / loss}} for loss in (0.5, 0.15)]
-    plot_comparison({"models": {"a": {}, "b": {}}, "means": rows}, tmp_path / "sizes.svg")
+    assert draw(tmp_path / "sizes.svg", draw_comparison, {"models": {"a": {}, "b": {}}, "means": rows})
     assert "<svg" in (tmp_path / "sizes.svg").read_text()
 
 
