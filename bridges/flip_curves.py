@@ -76,7 +76,7 @@ class EditedPrompts:
         rows = rows[torch.argsort(tails.batch.last[rows], stable=True)]
         # two groups by length: short prompts need not run as long as the longest
         self.parts = [select_prompts(tails, part, [site]) for part in rows.chunk(2) if len(part)]
-        self.cluster = tails.batch.cluster[rows]
+        self.cluster, self.unedited = tails.batch.cluster[rows], tails.unedited[rows]
 
     def __len__(self) -> int:
         return len(self.cluster)
@@ -87,13 +87,20 @@ class EditedPrompts:
         return [delta_of(part) * inside(part.batch) for part in self.parts]
 
     @torch.no_grad()
-    def flipped(self, deltas: Sequence[Tensor], strength: float) -> tuple[Tensor, Tensor]:
-        """Which prompts change their answer: by the total and by the indirect effect."""
+    def differences(self, deltas: Sequence[Tensor], strength: float) -> tuple[Tensor, Tensor]:
+        """Answer minus distractor: by the total and by the indirect effect."""
+        if not self.parts:
+            return self.unedited, self.unedited
         both = [
             self._differences(part, strength * delta) for part, delta in zip(self.parts, deltas, strict=True)
         ]
-        total, indirect = (torch.cat(found) < 0 for found in zip(*both, strict=True))
+        total, indirect = map(torch.cat, zip(*both, strict=True))
         return total, indirect
+
+    def flipped(self, deltas: Sequence[Tensor], strength: float) -> tuple[Tensor, Tensor]:
+        """Which prompts change their answer: by the total and by the indirect effect."""
+        total, indirect = self.differences(deltas, strength)
+        return total < 0, indirect < 0
 
     def _differences(self, part: PromptTails, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Prompts to which nothing is added keep their answers; late deltas take the short way."""

@@ -10,9 +10,9 @@ wide gate has half the KL there that it has elsewhere. Nothing held out is looke
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from pydantic import Field
@@ -20,17 +20,15 @@ from torch import Tensor
 
 from bridges.bridge import BridgeSet
 from bridges.edit import Edit
-from bridges.off_target import HeldOutText, steered
+from bridges.flip_curves import EditedPrompts
+from bridges.off_target import HeldOutText
 from bridges.steering import (
     DIRECTIONS,
     HALF_WAY,
     Direction,
-    Discriminant,
     Steering,
     acts_at,
     discriminant,
-    flip_rate,
-    half,
     mean_vector,
 )
 from bridges.streams import PromptStreams
@@ -58,6 +56,14 @@ class GateConfig(Config):
     """Of training text: the gate is fitted to every other, the KL is of the rest."""
 
 
+class Effect(NamedTuple):
+    """What a steering does on the training prompts that it edits and that are answered right without it."""
+
+    flip_rate: float
+    flip_rate_indirect: float
+    moved: float  # nats
+
+
 @dataclass(frozen=True)
 class Trial:
     """A steering at one strength behind one gate, and what it does on training prompts and text."""
@@ -68,7 +74,7 @@ class Trial:
     flip_rate: float
     flip_rate_indirect: float
     moved: float
-    """Mean indirect change of answer minus distractor on the edited prompts, nats."""
+    """Mean indirect change of answer minus distractor on the edited prompts that are answered right, nats."""
     kl: float
     """nats/token; 0 without text."""
     share_of_tokens: float | None
@@ -109,9 +115,12 @@ def fit_steering(
     seen, unseen = (None, None) if text is None else text.halves
     told = discriminant(train, site, acts, direction, None if seen is None else seen.resid(site))
     cuts = (HALF_WAY,) if text is None else config.cuts
+    tried = [Steering(site, vector, told.gate(cut)) for cut in cuts]
+    prompts = EditedPrompts(train, site, direction)
     trials: list[Trial] = []
     for strength in sorted(set(strengths)):
-        found = [_on_prompts(vector, site, told, cut, strength, train, direction) for cut in cuts]
+        effects = zip(tried, cuts, _on_prompts(prompts, tried, strength), strict=True)
+        found = [Trial(steering, strength, cut, *effect, 0.0, None) for steering, cut, effect in effects]
         alike = ALIKE * max(trial.flip_rate_indirect for trial in found)
         for trial in sorted(found, key=lambda t: (-min(t.flip_rate_indirect, alike), t.cut)):
             trials.append(trial if unseen is None else _on_text(trial, unseen))
@@ -195,20 +204,18 @@ def choose(trials: Sequence[Trial], config: GateConfig) -> Trial:
     return min((t for t in trials if t.flip_rate_indirect >= ALIKE * most), key=lambda trial: trial.kl)
 
 
-def _on_prompts(
-    vector: Tensor,
-    site: Site,
-    told: Discriminant,
-    cut: float,
-    strength: float,
-    train: PromptTails,
-    direction: Direction,
-) -> Trial:
-    steering = Steering(site, vector, told.gate(cut))
-    total, indirect = steered(train, steering, strength)
-    rates = (flip_rate(train, effect, direction) for effect in (total, indirect))
-    moved = (indirect - train.unedited)[half(train.batch, direction)].mean().item()
-    return Trial(steering, strength, cut, *rates, moved, 0.0, None)
+def _on_prompts(prompts: EditedPrompts, tried: Sequence[Steering], strength: float) -> Iterator[Effect]:
+    """What each steering does; gates that open at the same places of these prompts do the same."""
+    known: dict[bytes, Effect] = {}
+    for steering in tried:
+        deltas = prompts.deltas(lambda part: steering.delta(part.resid[steering.site]))  # noqa: B023
+        opened = b"".join(delta.any(-1).cpu().numpy().tobytes() for delta in deltas)
+        if opened not in known:
+            total, indirect = prompts.differences(deltas, strength)
+            count = max(1, len(prompts))
+            rates = ((effect < 0).sum().item() / count for effect in (total, indirect))
+            known[opened] = Effect(*rates, (indirect - prompts.unedited).sum().item() / count)
+        yield known[opened]
 
 
 def _on_text(trial: Trial, text: HeldOutText) -> Trial:
