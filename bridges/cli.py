@@ -1,6 +1,6 @@
 """The command `sparsebridge`: what an auditor does beside the recipes, which are started by their files.
 
-    sparsebridge doctor | check | verify | replay | diff | sign                        (each with --help)
+    sparsebridge doctor | check | verify | replay | diff | sign | figures              (each with --help)
     sparsebridge serve | link | submit | jobs | logs | cancel | runs | worker | gc | reindex | desk
                                                                                         (bridges.service)
 
@@ -88,6 +88,17 @@ def _diff(arguments: argparse.Namespace) -> int:
     return diff(arguments.a, arguments.b, as_json=arguments.json, show_all=arguments.all)
 
 
+def _figures(arguments: argparse.Namespace) -> int:
+    from bridges.figures import write_figures
+    from extractor.errors import InputError
+
+    if not arguments.run_folder.is_dir():
+        raise InputError(f"run '{arguments.run_folder}' is no folder; it should be one that recipes wrote")
+    written = write_figures(arguments.run_folder)
+    sys.stdout.write("".join(f"{path}\n" for path in written) or "this run has no numbers to draw\n")
+    return 0
+
+
 def _sign(arguments: argparse.Namespace) -> int:
     from bridges.attestation import envelope_path, sign
     from bridges.dsse import new_key
@@ -106,7 +117,7 @@ def _sign(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sparsebridge",
-        description="Check a machine, a checkpoint or a report; compare, sign reports; run recipes as jobs.",
+        description="Check a machine, a checkpoint or a report; compare, sign, draw; run recipes as jobs.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -172,6 +183,13 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--all", action="store_true", help="print every difference, however many there are")
     for machine_readable in (doctor, check, diff):
         machine_readable.add_argument("--json", action="store_true", help="print JSON instead of text")
+    figures = command(
+        "figures",
+        _figures,
+        "Draw the paper's figures of a run: steering curves, orders of edges, inverse pruning and token "
+        "losses, as far as the run has the numbers. Needs the extra `plot`. Exit code 0.",
+    )
+    figures.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
     add_commands(command)
     sign = command(
         "sign",

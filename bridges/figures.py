@@ -30,8 +30,8 @@ COLUMNS = 5  # panels beside one another
 STYLES = ("o-", "s-", "^--", "D:")  # of SERIES
 
 
-def write_figures(run: Path) -> None:
-    """Every figure that the run has the numbers for, in `figures/`.
+def write_figures(run: Path) -> list[Path]:
+    """Every figure that the run has the numbers for, in `figures/`; what was written.
 
     Raises:
         InputError: a file of the run that is damaged.
@@ -43,12 +43,18 @@ def write_figures(run: Path) -> None:
     ]
     comparison = run / "compare.json"
     compared = read_json(comparison, "comparison", "recipes/compare.py") if comparison.is_file() else {}
-    draw(run / "figures" / "steering.svg", draw_steering, edits)
-    draw(run / "figures" / "orders.svg", draw_orders, evidence)
-    draw(run / "figures" / "inverse.svg", draw_inverse, evidence)
-    draw(run / "figures" / "token_losses.svg", draw_token_losses, compared)
+    folder = run / "figures"
+    drawings = (
+        (folder / "steering.svg", draw_steering, edits),
+        (folder / "orders.svg", draw_orders, evidence),
+        (folder / "inverse.svg", draw_inverse, evidence),
+        (folder / "token_losses.svg", draw_token_losses, compared),
+    )
+    written = [path for path, onto, values in drawings if draw(path, onto, values)]
     if table := orders_table(evidence):
-        write_text(run / "figures" / "orders.md", table)
+        write_text(folder / "orders.md", table)
+        written.append(folder / "orders.md")
+    return written
 
 
 def draw_steering(figure: "Figure", edits: Sequence[Mapping[str, Any]]) -> bool:

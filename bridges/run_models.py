@@ -7,7 +7,7 @@ measured in full precision.
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -143,6 +143,18 @@ def run_text(
 
 def circuit_files(run: Path) -> list[Path]:
     return sorted((run / "circuits").glob("*.json"))
+
+
+def extraction_of(run: Path) -> dict[str, Any]:
+    """The settings that the run's circuits were found with.
+
+    Raises:
+        InputError: the manifest does not tell.
+    """
+    manifest = read_json(run / "manifest.json", "manifest", "recipes/extract.py")
+    if "extract" not in manifest:
+        raise InputError(f"'{run / 'manifest.json'}' says nothing of recipes/extract.py; run it in '{run}'")
+    return manifest["extract"]["config"]
 
 
 def load_circuits(run: Path) -> dict[str, Circuit]:

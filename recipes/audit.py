@@ -24,7 +24,7 @@ from bridges.claims import Thresholds, check_criteria
 from bridges.desk import DeskConfig, record_desk
 from bridges.figures import write_figures
 from bridges.report import summary_rows, write_report
-from bridges.run_models import RunModels
+from bridges.run_models import RunModels, extraction_of
 from extractor.artifacts import SCHEMA_VERSION, environment, file_sha256, read_json
 from extractor.circuit import Circuit
 from extractor.config import Config, run_recipe
@@ -68,6 +68,7 @@ def main(config: AuditConfig) -> None:
     manifest = read_json(config.run / "manifest.json", "manifest", "recipes/train.py")
     artifacts = checked_artifacts(config.run, manifest)
     models = RunModels(config.run, config.dense, state.device, config.seed, needs_circuits=False)
+    extraction = extraction_of(config.run) if models.circuits else {}
     behaviour, refused = compare_behaviour(models, config.held_out_pairs)
     for name, tasks in behaviour.items():
         evaluation[name]["tasks"] = tasks
@@ -80,7 +81,7 @@ def main(config: AuditConfig) -> None:
         **{key: evaluation[key] for key in ("dense", "student", "bridges", "mixtures", "held_out_tokens")},
         "circuits": circuits,
         "edits": edits,
-        "desk": record_desks(models, manifest, config.desk),
+        "desk": record_desks(models, extraction, config.desk),
         "transfer": read_transfer(config.run),
         "compare": read_comparison(config.run),
         "exclusions": refused + exclusions(manifest, evaluation, circuits, edits),
@@ -101,11 +102,10 @@ def main(config: AuditConfig) -> None:
         print(f"pushed: {sent}")
 
 
-def record_desks(models: RunModels, manifest: dict[str, Any], config: DeskConfig) -> dict[str, Any]:
+def record_desks(models: RunModels, extraction: dict[str, Any], config: DeskConfig) -> dict[str, Any]:
     """Recorded interventions on every circuit; means are those the circuits were found with."""
     if not config.nodes or not models.circuits:
         return undefined("not recorded: desk.nodes is 0" if models.circuits else "there are no circuits")
-    extraction = manifest["extract"]["config"]
     desks = {}
     for task, circuit in models.circuits.items():
         pairs = models.pairs(circuit, "held_out", extraction["held_out_pairs"])

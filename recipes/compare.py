@@ -30,9 +30,9 @@ from bridges.compare import Forward, ShowConfig, TextSample, compare_text
 from bridges.compare_figures import counted
 from bridges.compare_table import comparison_tables
 from bridges.compare_tasks import RunEdit, compare_task, of_dense, of_student
-from bridges.run_models import RunModels
+from bridges.run_models import RunModels, extraction_of
 from bridges.token_classes import kind_of
-from extractor.artifacts import SCHEMA_VERSION, read_json, update_manifest, write_json, write_text
+from extractor.artifacts import SCHEMA_VERSION, update_manifest, write_json, write_text
 from extractor.circuit import Circuit
 from extractor.compact import CompactStudent
 from extractor.config import Config, run_recipe
@@ -123,18 +123,6 @@ def main(config: CompareConfig) -> None:
         config=config.model_dump(mode="json"),
     )
     print(f"{describe(found)} ({time.monotonic() - started:.0f} s)")
-
-
-def extraction_of(run: Path) -> dict[str, Any]:
-    """The settings that the run's circuits were found with.
-
-    Raises:
-        InputError: the manifest does not tell.
-    """
-    manifest = read_json(run / "manifest.json", "manifest", "recipes/extract.py")
-    if "extract" not in manifest:
-        raise InputError(f"'{run / 'manifest.json'}' says nothing of recipes/extract.py; run it first")
-    return manifest["extract"]["config"]
 
 
 def on_text(bench: Bench) -> dict[str, Any]:

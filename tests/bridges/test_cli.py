@@ -11,7 +11,7 @@ from bridges.cli import main
 from tests.conftest import ROOT
 
 COMMANDS = (
-    *("doctor", "check", "verify", "replay", "diff", "sign"),
+    *("doctor", "check", "verify", "replay", "diff", "sign", "figures"),
     *("serve", "link", "submit", "jobs", "logs", "cancel", "worker", "gc", "reindex"),
 )
 

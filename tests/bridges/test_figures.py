@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from bridges.cli import main
 from bridges.figures import (
     draw_frontier,
     draw_inverse,
@@ -107,6 +108,15 @@ def test_the_same_numbers_give_the_same_file(tmp_path: Path) -> None:
     assert not re.search(rb"<dc:date>", one)
 
 
-def test_a_run_without_numbers_has_no_figures(tmp_path: Path) -> None:
-    write_figures(tmp_path)
+def test_a_run_without_numbers_has_no_figures(tmp_path: Path, capsys) -> None:
+    assert write_figures(tmp_path) == []
     assert not list(tmp_path.iterdir())
+    main(["figures", str(tmp_path)])
+    assert capsys.readouterr().out == "this run has no numbers to draw\n"
+
+
+def test_no_folder_no_figures(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["figures", str(tmp_path / "absent")])
+    assert ended.value.code == 3
+    assert "is no folder" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from extractor.errors import InputError
 from tests.bridges.report_record import record
 from tests.conftest import ROOT
 
-FLIPS = 200
+FLIPS = pytest.mark.parametrize("flips", [40, pytest.param(200, marks=pytest.mark.slow)])
 
 
 @pytest.fixture
@@ -45,11 +45,12 @@ def test_an_untouched_report_passes(run: Path, capsys: pytest.CaptureFixture) ->
     assert verify(run) == verify(run / "report.json") == 0
 
 
-def test_two_hundred_flipped_bytes_are_found_and_named(run: Path) -> None:
+@FLIPS
+def test_flipped_bytes_are_found_and_named(flips: int, run: Path) -> None:
     """One bit of one random byte at a time, anywhere in the page."""
     page = run / "report.html"
     whole, choose = page.read_bytes(), random.Random(0)
-    for _ in range(FLIPS):
+    for _ in range(flips):
         position = choose.randrange(len(whole))
         changed = bytearray(whole)
         changed[position] ^= 1 << choose.randrange(8)
@@ -110,10 +111,11 @@ def test_a_path_that_leaves_the_folder_is_not_read(run: Path) -> None:
     assert "its path leaves the folder" in str(failures(run)[0])
 
 
-def test_the_record_file_may_be_damaged_anywhere(run: Path) -> None:
+@FLIPS
+def test_the_record_file_may_be_damaged_anywhere(flips: int, run: Path) -> None:
     path = run / "report.json"
     whole, choose = path.read_bytes(), random.Random(1)
-    for _ in range(FLIPS // 4):
+    for _ in range(flips // 4):
         position = choose.randrange(len(whole))
         changed = bytearray(whole)
         changed[position] ^= 1 << choose.randrange(8)

@@ -118,8 +118,9 @@ def test_whole_job_leaves_every_artefact(trained: Path) -> None:
     assert names == {
         "config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "student", "bridges",
         "circuits", "circuits.md", "thresholds.json", "edits", "edits.md", "report.json",
-        "report.html", "report.intoto.json", "README.md",
+        "report.html", "report.intoto.json", "README.md", "figures",
     }  # fmt: skip
+    assert [path.name for path in (trained / "figures").iterdir()] == ["steering.svg"]
     for path in trained.rglob("*"):
         assert path.suffix not in {".bin", ".pkl", ".pt", ".pickle"}
         assert not path.name.startswith(".tmp-")
@@ -294,6 +295,20 @@ def test_edits_are_chosen_and_measured_in_full_precision(
     quantised = ["--dense.path", tiny_checkpoint, "--dense.quantization", "4bit"]
     run_in_process(monkeypatch, "edit", *quantised, "--run", run, "--tasks", "[with_as]", *EDIT)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("verb", ["compare", "audit"])
+def test_circuits_of_which_the_run_does_not_tell_are_refused(
+    verb, trained, tiny_checkpoint, tmp_path, monkeypatch, capsys
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "copy")
+    manifest = json.loads((run / "manifest.json").read_text())
+    del manifest["extract"]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit) as stopped:
+        run_in_process(monkeypatch, verb, "--dense.path", tiny_checkpoint, "--run", run)
+    assert stopped.value.code == 3
+    assert "says nothing of recipes/extract.py" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("verb", ["edit", "audit"])
