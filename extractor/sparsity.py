@@ -51,6 +51,10 @@ class SparsityConfig(Config):
     """The same for embeddings and unembedding; none: as the other matrices."""
     unembedding_density: float | None = Field(None, gt=0, le=1)
     """The same for the unembedding alone; none: as embeddings. It makes no node and no edge between nodes."""
+    attention_density: float | None = Field(None, gt=0, le=1)
+    """The same for the matrices of attention; none: `density`."""
+    mlp_density: float | None = Field(None, gt=0, le=1)
+    """The same for the matrices of the MLPs; none: `density`."""
     bias_density: float = Field(1.0, gt=0, le=1)
     """The same for biases; 1.0 leaves them dense, as the released script does."""
     min_weights_per_neuron: int = Field(0, ge=0)
@@ -157,6 +161,10 @@ class WeightSparsifier:
                 target = self.config.embedding_density or target
             if name.startswith("lm_head"):
                 target = self.config.unembedding_density or target
+            if "attn." in name:
+                target = self.config.attention_density or target
+            if "mlp." in name:
+                target = self.config.mlp_density or target
         elif name.endswith(".bias"):
             target = self.config.bias_density
         else:

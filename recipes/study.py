@@ -66,9 +66,10 @@ class Planned:
     @property
     def sha256(self) -> str:
         """Of everything that is the study's to choose: the same, the same run."""
-        settings = self.config.model_dump(mode="json", exclude={"run"})
+        # without what is not set: a new option of a recipe is another study only where it is used
+        settings = self.config.model_dump(mode="json", exclude={"run"}, exclude_none=True)
         dense = Path(self.config.dense.path)
-        extract = self.extract and self.extract.model_dump(mode="json", exclude={"run"})
+        extract = self.extract and self.extract.model_dump(mode="json", exclude={"run"}, exclude_none=True)
         return text_sha256([settings, fingerprint(dense) if dense.is_dir() else None, extract])
 
 

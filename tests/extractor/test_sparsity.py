@@ -117,6 +117,19 @@ def test_embeddings_and_biases_have_their_own_densities() -> None:
     assert student.lm_head.bias.count_nonzero() == num_kept(97, 0.25)
 
 
+def test_attention_and_mlps_have_their_own_densities() -> None:
+    student = Student(tiny_student_config())
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter)
+    config = SparsityConfig(density=0.1, attention_density=0.5, mlp_density=1.0, anneal_frac=0)
+    WeightSparsifier(dict(student.named_parameters()), config, 1).project_(1)
+    for layer in student.layers:
+        for matrix in (layer.attn.q_proj.weight, layer.attn.o_proj.weight):
+            assert matrix.count_nonzero() == num_kept(matrix.numel(), 0.5)
+        assert (layer.mlp.up_proj.weight != 0).all()
+    assert student.embed_tokens.weight.count_nonzero() == num_kept(97 * 32, 0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_neuron_keeps_its_floor_and_the_count_is_the_same(dtype: torch.dtype) -> None:
     up = torch.nn.Parameter(torch.randn(40, 16).to(dtype))

@@ -122,6 +122,20 @@ def test_the_shipped_study_is_one_that_can_be_run() -> None:
     assert len({own.sha256 for own in planned}) == len(planned) >= 60
 
 
+def test_an_option_that_is_not_set_makes_no_other_run(study) -> None:
+    recipe = runpy.run_path(str(ROOT / "recipes" / "study.py"))
+    config = load_config(recipe["StudyConfig"], ["--folder", str(study)])
+    before = {own.variant: own.sha256 for own in recipe["plan_runs"](config)}
+    (study / "sparser.yaml").write_text(
+        yaml.safe_dump({"sparsity": {"density": 0.03125, "mlp_density": None}})
+    )
+    (study / "wild.yaml").write_text(yaml.safe_dump(VARIANTS["wild"] | {"sparsity": {"mlp_density": 1.0}}))
+    after = {own.variant: own.sha256 for own in recipe["plan_runs"](config)}
+    assert after["base"] == before["base"]
+    assert after["sparser"] == before["sparser"]
+    assert after["wild"] != before["wild"]
+
+
 def test_a_folder_without_a_base_is_refused(tmp_path, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_in_process(monkeypatch, "study", "--folder", tmp_path, "--run", tmp_path / "runs")
