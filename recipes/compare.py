@@ -79,8 +79,7 @@ class Bench:
         names = config.tasks or sorted({*task_names(), *self.models.circuits})
         refuse_unknown_tasks([name for name in names if name not in self.models.circuits])
         self.tasks: Sequence[str] = names
-        extraction = extraction_of(config.run)
-        self.data = config.data or DataConfig(**extraction["data"])
+        self.data = config.data or DataConfig(**extraction_of(config.run)["data"])
         mine = [self.models.circuits[task] for task in names if task in self.models.circuits]
         self.alone = {circuit.task: self._alone(circuit) for circuit in mine}
         self.edits = {circuit.task: self._edit(circuit) for circuit in mine}
