@@ -72,7 +72,7 @@ def draw_steering(figure: "Figure", edits: Sequence[Mapping[str, Any]]) -> bool:
     for panel in list(panels)[len(edits) :]:
         panel.set_axis_off()
     first = figure.axes[0]
-    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
     figure.supxlabel("strength", fontsize=9)
     figure.supylabel("answers flipped", fontsize=9)
     return True
