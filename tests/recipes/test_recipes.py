@@ -120,7 +120,7 @@ def test_whole_job_leaves_every_artefact(trained: Path) -> None:
         "circuits", "circuits.md", "thresholds.json", "edits", "edits.md", "report.json",
         "report.html", "report.intoto.json", "README.md", "figures",
     }  # fmt: skip
-    assert [path.name for path in (trained / "figures").iterdir()] == ["steering.svg"]
+    assert {path.name for path in (trained / "figures").iterdir()} == {"steering.svg", "inverse.svg"}
     for path in trained.rglob("*"):
         assert path.suffix not in {".bin", ".pkl", ".pt", ".pickle"}
         assert not path.name.startswith(".tmp-")
@@ -578,7 +578,7 @@ def test_exit_code_and_last_word_of_a_recipes_own_process(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "python").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_parses_and_names_its_command(path: Path, monkeypatch, capsys) -> None:
-    verbs = {"circuits": "extract", "dense_circuits": "extract", "nonsense": "extract", "edits": "edit"}
+    verbs = dict.fromkeys(("circuits", "dense_circuits", "nonsense", "peers"), "extract") | {"edits": "edit"}
     verbs |= {"train_base": "train", "train_sparser": "train", "train_embeddings": "train"}
     verb = verbs.get(path.stem, path.stem)
     command = path.read_text().splitlines()[0]
