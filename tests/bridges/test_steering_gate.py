@@ -73,6 +73,15 @@ def test_a_gate_that_sees_text_fires_on_less_of_it(dense) -> None:
     assert "undefined" in blind.as_json()["train"]["kl"]
 
 
+def test_where_no_prompt_is_answered_right_nothing_flips(dense) -> None:
+    tails, vector = planted(dense)
+    own = tails.batch
+    tails = PromptTails(dense, TaskBatch(own.ids, own.last, own.distractor, own.answer))
+    tails.unedited.clamp_(max=-1.0)
+    trial = fit(tails, vector, text(dense))
+    assert (trial.flip_rate, trial.flip_rate_indirect, trial.moved) == (0, 0, 0)
+
+
 def test_text_that_the_edit_cannot_be_told_from_costs_kl(dense) -> None:
     """Where text is full of the edited token the gate cannot be both open and within the budget."""
     tails, vector = planted(dense)
