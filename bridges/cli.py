@@ -95,7 +95,7 @@ def _figures(arguments: argparse.Namespace) -> int:
     if not arguments.run_folder.is_dir():
         raise InputError(f"run '{arguments.run_folder}' is no folder; it should be one that recipes wrote")
     written = write_figures(arguments.run_folder)
-    sys.stdout.write("".join(f"{path}\n" for path in written) or "this run has no numbers to draw\n")
+    sys.stdout.write("".join(f"{path}\n" for path in written) or "nothing was drawn\n")
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bridges.plots import draw
+from bridges.plots import can_draw, draw
 from bridges.report_values import SERIES
 from bridges.tables import at, markdown, number
 from extractor.artifacts import read_json, write_text
@@ -31,11 +31,15 @@ STYLES = ("o-", "s-", "^--", "D:")  # of SERIES
 
 
 def write_figures(run: Path) -> list[Path]:
-    """Every figure that the run has the numbers for, in `figures/`; what was written.
+    """Every figure that the run has the numbers for, in `figures/`; what was written. Without matplotlib none,
+    as one line says.
 
     Raises:
         InputError: a file of the run that is damaged.
     """
+    folder = run / "figures"
+    if not can_draw(folder):
+        return []
     circuits = map(Circuit.load, sorted((run / "circuits").glob("*.json")))
     evidence = {circuit.task: circuit.evidence for circuit in circuits}
     edits = [
@@ -43,7 +47,6 @@ def write_figures(run: Path) -> list[Path]:
     ]
     comparison = run / "compare.json"
     compared = read_json(comparison, "comparison", "recipes/compare.py") if comparison.is_file() else {}
-    folder = run / "figures"
     drawings = (
         (folder / "steering.svg", draw_steering, edits),
         (folder / "orders.svg", draw_orders, evidence),

@@ -1,13 +1,18 @@
 """A figure on disk: one place that knows of matplotlib, the extra `plot`."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-if TYPE_CHECKING:
-    pass
+
+def can_draw(path: Path) -> bool:
+    """Whether matplotlib is installed; without it a line says that `path` was not drawn."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    tqdm.write(f"{path} was not drawn: it needs matplotlib; pip install 'sparsebridge[plot]'")
+    return False
 
 
 def draw(path: Path, onto: Callable[..., bool], *values: object) -> bool:
@@ -15,12 +20,11 @@ def draw(path: Path, onto: Callable[..., bool], *values: object) -> bool:
 
     False where there is nothing to draw, as `onto` says, and without matplotlib, as a line says.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        tqdm.write(f"{path} was not drawn: it needs matplotlib; pip install 'sparsebridge[plot]'")
+    if not can_draw(path):
         return False
+    import matplotlib
+    from matplotlib.figure import Figure
+
     figure = Figure(layout="constrained")
     if not onto(figure, *values):
         return False

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -342,10 +341,3 @@ def test_every_vector_gets_its_gate_in_the_same_way(dense, tokens) -> None:
         again = fit_steering(way.vector, edit.site, at, train, train_text, "clean", (1.0,), GateConfig())
         assert torch.equal(again.steering.gate.direction, way.gate.direction)
         assert again.steering.gate.threshold == way.gate.threshold
-
-
-def test_without_matplotlib_one_line_says_so(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert not draw(tmp_path / "curves.svg", draw_alternatives, {})
-    assert "pip install 'sparsebridge[plot]'" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """The paper's figures of a run, from the numbers in its files."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_a_run_without_numbers_has_no_figures(tmp_path: Path, capsys) -> None:
     assert write_figures(tmp_path) == []
     assert not list(tmp_path.iterdir())
     main(["figures", str(tmp_path)])
-    assert capsys.readouterr().out == "this run has no numbers to draw\n"
+    assert capsys.readouterr().out == "nothing was drawn\n"
 
 
 def test_no_folder_no_figures(tmp_path: Path, capsys) -> None:
@@ -120,3 +121,13 @@ def test_no_folder_no_figures(tmp_path: Path, capsys) -> None:
         main(["figures", str(tmp_path / "absent")])
     assert ended.value.code == 3
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_without_matplotlib_one_line_says_so(monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert write_figures(tmp_path) == []
+    assert not draw(tmp_path / "orders.svg", draw_orders, EVIDENCE)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all("pip install 'sparsebridge[plot]'" in line for line in lines)
+    assert not list(tmp_path.iterdir())
