@@ -31,8 +31,9 @@ STYLES = ("o-", "s-", "^--", "D:")  # of SERIES
 
 
 def write_figures(run: Path) -> list[Path]:
-    """Every figure that the run has the numbers for, in `figures/`; what was written. Without matplotlib none,
-    as one line says.
+    """Every figure that the run has the numbers for, in `figures/`; what was written.
+
+    Without matplotlib none is, as one line says.
 
     Raises:
         InputError: a file of the run that is damaged.
