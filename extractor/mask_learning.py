@@ -78,8 +78,8 @@ class PruneConfig(Config):
     compact: bool = True
     """Fold nodes away that cannot open again; changes the speed alone."""
     together: bool | None = None
-    """Learn all masks in one batch; by default on an accelerator. A CPU gains nothing from it, and each mask
-    alone folds away more."""
+    """Learn all masks in one batch; by default on an accelerator. A CPU gains little from it, and each mask
+    alone needs less memory."""
 
 
 @dataclass(frozen=True)
