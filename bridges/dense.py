@@ -358,11 +358,13 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object
 ) -> tuple[Tensor, None]:
     """transformers' own sdpa, in the precision that this machine runs it well in."""
+    return attend(_sdpa, query, key, value, module, mask, kwargs), None
 
-    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]
 
-    return attend(sdpa, query, key, value), None
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, module: nn.Module, mask: Tensor | None, kwargs: dict[str, object]
+) -> Tensor:
+    return sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]
 
 
 # Without the second line transformers would drop the mask, and the model see the future, silently.

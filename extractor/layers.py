@@ -95,11 +95,7 @@ def mix_heads(
     k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))
     if sink is not None:
         k, v, mask = _add_sink(sink, q, k, v, mask)
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return causal_attention(q, k, v, mask, softcap)
-
-    return attend(attention, q, k, v).transpose(1, 2).flatten(2)
+    return attend(causal_attention, q, k, v, mask, softcap).transpose(1, 2).flatten(2)
 
 
 def _add_sink(

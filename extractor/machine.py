@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -117,17 +117,17 @@ def to_device(batch: Tensor, device: torch.device) -> Tensor:
     return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
 
 
-def attend(attention: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention(q, k, v)`, on a CPU in fp32 also where autocast or the weights are bf16.
+def attend(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
+    """`attention(q, k, v, *more)`, on a CPU in fp32 also where autocast or the weights are bf16.
 
     torch 2.13's attention backward on a CPU takes three to five times as long in bf16 as in fp32
     (16 x 8 heads x 128 tokens: 45 against 14 ms), which would make it the dearest part of a step.
     """
     if q.device.type != "cpu":
-        return attention(q, k, v)
+        return attention(q, k, v, *more)
     inputs = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (q, k, v))
     with torch.autocast("cpu", enabled=False):
-        return attention(*inputs).to(q.dtype)
+        return attention(*inputs, *more).to(q.dtype)
 
 
 def whole(value: Tensor) -> Tensor:
