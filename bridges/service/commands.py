@@ -93,10 +93,12 @@ def jobs(arguments: argparse.Namespace) -> int:
     from bridges.service.follow import as_table, views
     from bridges.service.runners import handed_over
 
-    queue = _queue(arguments.runs)
-    found = [(job, status) for _, job, status in queue.page(limit=arguments.limit)]
-    found += handed_over(arguments.runs, ask=True)[: arguments.limit]
-    shown = views(queue, found)
+    queue, limit = _queue(arguments.runs), arguments.limit
+    own = [(job, status) for _, job, status in queue.page(limit=limit + 1)]
+    given = handed_over(arguments.runs, ask=True)
+    shown = views(queue, own[:limit] + given[:limit])
+    if max(len(own), len(given)) > limit:
+        sys.stderr.write(f"the latest {limit} alone; --limit shows more\n")
     if arguments.json:
         sys.stdout.write(json.dumps([own.model_dump() for own in shown], indent=1) + "\n")
     else:

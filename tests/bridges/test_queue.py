@@ -195,6 +195,16 @@ def test_only_a_job_that_runs_has_time_left(queue: Queue) -> None:
     assert view(queue, *queue.get(job.id)).progress.model_dump() == bar | {"left": ""}
 
 
+def test_a_list_that_is_cut_says_so(queue: Queue, capsys: pytest.CaptureFixture) -> None:
+    jobs = [queue.submit(Job.new(f"run{i}", "train")) for i in range(3)]
+    main(["jobs", "--runs", str(queue.runs), "--limit", "2"])
+    shown, told = capsys.readouterr()
+    assert [job.id in shown for job in jobs] == [False, True, True]
+    assert told == "the latest 2 alone; --limit shows more\n"
+    main(["jobs", "--runs", str(queue.runs), "--limit", "3"])
+    assert capsys.readouterr().err == ""
+
+
 # --- files are the truth ---------------------------------------------------------------------------------
 
 
