@@ -8,11 +8,12 @@ All on the selection prompts and towards the same goal as the search before, nev
 are tried on some of them; on all, what that misses is put back.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -65,65 +66,58 @@ def drop_spare(
 ) -> Bool[Tensor, " part"]:
     """Drop parts as long as the loss stays at the goal, and what is asked in the end holds.
 
-    First many at once, those of least first-order effect (minus the slope along their gate); then one by
-    one, in the order of what the loss is without each. Every part left was needed when it was tried. What
-    `holds` then misses is put back: it costs more to ask, and is asked by bisection of that order. Of parts
+    First many at once, those of least first-order effect (minus the slope along their gate); then each that
+    the goal can spare, in the order of what the loss is without it. Every part left was needed when its turn
+    came. What `holds` then misses is put back: it costs more to ask, and is asked in the same order. Of parts
     that are needed alike, those of a higher price go first.
     """
     prices = torch.ones_like(kept, dtype=torch.float) if prices is None else prices
     first, order = kept, []
-    kept = kept.clone()
-
-    def drop(parts: Tensor) -> None:
-        kept[parts] = False
-        order.extend(parts.tolist())
-
     while (count := int(kept.sum())) > 1:
         effect = _per_price(-gradient_of(kept), prices)
         ranked = torch.argsort(effect.masked_fill(~kept, torch.inf), stable=True)
-        dropped = _longest_prefix(kept, ranked[: count - 1], losses_of, goal)
-        drop(ranked[:dropped])
-        if dropped <= count // FEW:
+        dropped = ranked[: _longest_prefix(kept, ranked[: count - 1], losses_of, goal)]
+        kept = _without(kept, dropped)
+        order += dropped.tolist()
+        if len(dropped) <= count // FEW:
             break
     candidates = kept.nonzero()[:, 0]
-    while len(candidates):
-        sets = torch.cat([kept[None], _without_each(kept, candidates)])
-        loss, *others = losses_of(sets)
-        without = torch.tensor(others, device=kept.device)
-        effect = _per_price(without - loss, prices[candidates]).masked_fill(without > goal, torch.inf)
-        candidates = candidates[torch.argsort(effect, stable=True)[: int((without <= goal).sum())]]
-        if not len(candidates):
-            break
-        dropped = max(1, _longest_prefix(kept, candidates, losses_of, goal))
-        drop(candidates[:dropped])
-        candidates = candidates[dropped:]
-    return _dropped_in_order(first, order, holds, put_back_tries)
+    loss, *others = losses_of(torch.cat([kept[None], _without_each(kept, candidates)]))
+    without = torch.tensor(others, device=kept.device)
+    effect = _per_price(without - loss, prices[candidates]).masked_fill(without > goal, torch.inf)
+    spare = candidates[torch.argsort(effect, stable=True)[: int((without <= goal).sum())]].tolist()
+    needed = drop_in_turn(kept, spare, lambda parts: losses_of(parts[None])[0] <= goal)
+    order += [part for part in spare if not needed[part]]
+    return drop_in_turn(first, order, holds, put_back_tries)
 
 
-def _dropped_in_order(
-    kept: Bool[Tensor, " part"], order: Sequence[int], holds: Holds, tries: int
+def drop_in_turn(
+    kept: Bool[Tensor, " part"], order: Sequence[int], holds: Holds, tries: float = math.inf
 ) -> Bool[Tensor, " part"]:
     """Without the parts in `order`, but for those without which it does not hold when their turn comes.
 
-    After about so many `tries` the rest of the order stays: where thousands are needed, each costs a dozen.
+    Asks for as many at once as may hold: all, then halves of what failed, twice as many as held before. So a
+    part that stays costs about one question where most stay, and the logarithm of their number where few do.
+    After so many `tries` the rest of the order stays.
     """
-
-    def without(parts: Sequence[int]) -> Tensor:
-        fewer = kept.clone()
-        fewer[list(parts)] = False
-        return fewer
-
+    order, count, failing = list(order), len(order), 0  # the first `failing` cannot all go
     while order and tries > 0:
-        if holds(without(order)):
-            return without(order)
-        low, high = 0, len(order)  # so many can go, and so many cannot
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if holds(without(order[:middle])) else (low, middle)
-            tries -= 1
-        kept, order = without(order[:low]), order[high:]
+        if failing == 1:
+            order, count, failing = order[1:], 1, 0
+            continue
+        count = failing // 2 or min(count, len(order))
         tries -= 1
+        fewer = _without(kept, torch.tensor(order[:count], device=kept.device))
+        if holds(fewer):
+            kept, order = fewer, order[count:]
+            count, failing = 2 * count, max(0, failing - count)
+        else:
+            failing = count
     return kept
+
+
+def _without(kept: Bool[Tensor, " part"], parts: Int[Tensor, " some"]) -> Bool[Tensor, " part"]:
+    return kept.index_fill(0, parts, False)
 
 
 def _per_price(effect: Float[Tensor, " part"], prices: Float[Tensor, " part"]) -> Float[Tensor, " part"]:
