@@ -33,6 +33,7 @@ from extractor.student import Student
 from extractor.tasks import TaskBatch
 
 MOST_RANKED = 16  # masks whose sensitivity to restored nodes is measured
+FRESH_SETS = 8  # of every size, on which refined circuits are compared
 
 
 @dataclass(frozen=True)
@@ -222,14 +223,17 @@ def _finish(
             (restored, kept) if restored else None,
         )
         if restored is not None:
-            restored_loss = RestoredEdges(restored, kept, pairs).loss
+            # Of sets that the search has not seen: it drops what these few happen not to need.
+            fresh = config.restored.model_copy(update={"sets": FRESH_SETS})
+            unseen = RestoredSets(student, masks, setting.selection, fresh, seed=1)
+            restored_loss = RestoredEdges(unseen, kept, pairs).loss
         needed = needed_without_edges(student, nodes, pairs, masks.means, setting.selection, found.goal)
         nodes, pairs = in_use(nodes, pairs, needed)
         wanted_pairs = set(pairs)
         edges = tuple(edge for edge in edges if (edge.source, edge.target) in wanted_pairs)
     settings = config.model_dump(mode="json") | {
         "reached_loss": found.goal,
-        "restored_loss": restored_loss,  # on selection prompts
+        "restored_loss": restored_loss,  # on selection prompts, fresh sets
         "refined": is_refined,
         "seed": setting.seed,
         "size_coef": setting.size_coef,

@@ -58,11 +58,13 @@ def restore_at_random(gates: Float[Tensor, "setting node"], pairs: int, seed: in
 class RestoredSets:
     """A few fixed random sets of nodes, and what their work does to circuits."""
 
-    def __init__(self, student: Student, masks: NodeMasks, prompts: TaskBatch, config: RestoredConfig):
+    def __init__(
+        self, student: Student, masks: NodeMasks, prompts: TaskBatch, config: RestoredConfig, seed: int = 0
+    ):
         self.student, self.masks, self.config = student, masks, config
         self.prompts = Chunks(spread(prompts, config.pairs), student.config)
         everything = torch.ones_like(masks.part_of_node, dtype=torch.bool)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         sizes = [max(1, round(share * len(everything))) for share in SHARES for _ in range(config.sets)]
         self.sets = torch.stack([random_set(everything, size, generator) for size in sizes])
         self._failed = 0
