@@ -1,13 +1,22 @@
 """Circuits that hold while random closed nodes work: identities, and a node that only such a search keeps."""
 
+import pytest
 import torch
 
 from extractor.adversary import node_index
 from extractor.circuit import Calibration
 from extractor.masks import NodeMasks, mean_activations
-from extractor.prune import Found, PruneConfig, Search, extract_circuit, finish_circuit, task_settings
+from extractor.prune import (
+    FRESH_SETS,
+    Found,
+    PruneConfig,
+    Search,
+    extract_circuit,
+    finish_circuit,
+    task_settings,
+)
 from extractor.refine import RefineConfig
-from extractor.restored import RestoredConfig, RestoredSets, restore_at_random
+from extractor.restored import RestoredConfig, RestoredEdges, RestoredSets, restore_at_random
 from extractor.sites import Node
 from extractor.student import Student
 from tests.extractor.test_adversary import PLANTED_NODES, treacherous_student
@@ -45,6 +54,25 @@ def test_of_two_masks_the_one_that_minds_restored_nodes_less_is_refined_though_i
         assert (circuit.settings["seed"] == 1) == expected
         assert (GUARD in circuit.nodes) == expected
         assert (circuit.settings["restored_loss"] is not None) == expected
+
+
+def test_what_restored_nodes_do_to_a_circuit_is_told_of_sets_that_the_search_has_not_seen() -> None:
+    student = treacherous_student().requires_grad_(False)
+    train, selection = planted_task(64, 0), planted_task(32, 1)
+    means = mean_activations(student, train.ids)
+    config = CONFIG.model_copy(update={"restored": RESTORED})
+    (setting,) = settings = task_settings(student, train, selection, config)
+    masks, kept = NodeMasks(means, [0]), node_index(PLANTED_NODES, means)
+    search = Search(masks, settings, [Found(torch.where(kept, 1.0, -1.0), kept, Calibration(), 0.06)])
+    circuit = finish_circuit(student, "t", search, config, "sha")
+    seen = RestoredSets(student, masks, setting.selection, RESTORED)
+    fresh = RESTORED.model_copy(update={"sets": FRESH_SETS})
+    unseen = RestoredSets(student, masks, setting.selection, fresh, seed=1)
+    assert not any(torch.equal(a, b) for a in seen.sets for b in unseen.sets)
+    pairs = [(edge.source, edge.target) for edge in circuit.edges]
+    found = RestoredEdges(unseen, node_index(circuit.nodes, means), pairs).loss
+    assert circuit.settings["restored_loss"] == pytest.approx(found)
+    assert found != pytest.approx(RestoredEdges(seen, node_index(circuit.nodes, means), pairs).loss)
 
 
 def test_where_nothing_touches_the_circuit_the_same_is_found() -> None:
