@@ -123,7 +123,7 @@ def test_what_was_dropped_too_much_is_put_back_within_its_budget(tries: int) -> 
     assert len(asked) <= tries + 1
     if tries == 10_000:
         assert torch.equal(kept, too_much)
-        assert len(asked) < 600  # by bisection of the whole order each time it would be 870
+        assert len(asked) < 600  # by bisection of the whole order each time it would be 830
     else:
         assert kept.sum() > 100
 
