@@ -16,10 +16,10 @@ it the passes over all sites can take twice as much. Writes benchmark.json.
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -40,6 +40,7 @@ from bridges.speed import (
 from bridges.warm_start import StudentShape, make_student
 from extractor.artifacts import SCHEMA_VERSION, write_json
 from extractor.circuit_speed import compact_rows, mask_rows, sparse_product_rows
+from extractor.circuit_table import put_table
 from extractor.clock import Row, machine_limits
 from extractor.config import Config, run_recipe
 from extractor.machine import fast_fp32, use_all_cores
@@ -113,6 +114,8 @@ class BenchmarkConfig(Config):
     rows: tuple[RowGroup, ...] = ROW_GROUPS
     """What to measure."""
     memory: MemoryConfig = MemoryConfig()
+    table: Path | None = None
+    """A Markdown file whose lines between `<!-- speed -->` and `<!-- /speed -->` become the table."""
 
 
 def main(config: BenchmarkConfig) -> None:
@@ -155,6 +158,25 @@ def main(config: BenchmarkConfig) -> None:
         report["peak_bytes"] = peak_memory(config.memory)
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / "benchmark.json", report)
+    if config.table is not None:
+        put_table(config.table, speed_table(report), "speed")
+
+
+def speed_table(report: Mapping[str, Any]) -> str:
+    """The report's ratios, what was exact and the machine's limits, in Markdown."""
+    lines = ["| ratio | median | range of the rounds | goal |", "|---|---|---|---|"]
+    for name, ratio in report["ratios"].items():
+        median, low, high = (f"{ratio[key]:.3g}" for key in ("median", "low", "high"))
+        lines.append(f"| {name} | {median} | {low} to {high} | {ratio['goal'] or ''} |")
+    exact, limits = report["exactness"], report["limits"]
+    lines += [
+        "",
+        f"{exact['equal']} of {exact['selections']} selections equal `torch.topk` with ties by index "
+        "(projections over real steps, activations with ties, fp32 and bf16).",
+        f"Limits of that machine: {limits['fp32_gemm_gflops']:.0f} GFLOP/s in fp32 products, "
+        f"{limits['bf16_gemm_gflops']:.0f} in bf16, {limits['copy_gb_per_s']:.0f} GB/s copied.",
+    ]
+    return "\n".join([*lines, ""])
 
 
 def masks(config: BenchmarkConfig, device: torch.device) -> list[Row]:

@@ -24,8 +24,13 @@ def test_a_small_benchmark_writes_its_table(
         "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 97, "context_length": 16, "batch_size": 2,
         "density": 0.25,
     }  # fmt: skip
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n")
     config = BenchmarkConfig.model_validate(
-        {"out": tmp_path / "out", "shape": shape, "rounds": 1, "run": tmp_path, "rows": rows}
+        {
+            "out": tmp_path / "out", "shape": shape, "rounds": 1, "run": tmp_path, "rows": rows,
+            "table": readme,
+        }
     )  # fmt: skip
     main(config)
     report = json.loads((tmp_path / "out" / "benchmark.json").read_text())
@@ -39,3 +44,9 @@ def test_a_small_benchmark_writes_its_table(
     printed = capsys.readouterr().out
     assert "masks: not measured, no student in" in printed
     assert all(name in printed for name in report["ratios"])
+    table = readme.read_text()
+    assert table.startswith("before\n")
+    assert table.endswith("after\n")
+    assert "old" not in table
+    for name, row in report["ratios"].items():
+        assert f"| {name} | {row['median']:.3g} | {row['low']:.3g} to {row['high']:.3g} |" in table
