@@ -235,10 +235,20 @@ def find_edges(
     if not len(edges) or loss > goal:
         return edges.pairs, calibration
     tau = learn_edges(edges, draw, config, pairs_per_step, others)
-    open_ = tau > 0 if holds(tau > 0) else everything
-    kept = drop_spare(open_, losses_of, gradient_of, goal, holds, config.put_back_tries)
+    kept = drop_spare(open_enough(tau, holds), losses_of, gradient_of, goal, holds, config.put_back_tries)
     pairs = [pair for pair, is_kept in zip(edges.pairs, kept.tolist(), strict=True) if is_kept]
     return pairs, on_all(kept)[1]
+
+
+def open_enough(tau: Float[Tensor, " part"], holds: Holds) -> Bool[Tensor, " part"]:
+    """The parts that are open (tau > 0), or as many more in the order of tau as it takes, by doubling."""
+    ranked, count = torch.argsort(tau, descending=True, stable=True), max(1, int((tau > 0).sum()))
+    while count < len(tau):
+        kept = torch.zeros_like(tau, dtype=torch.bool).index_fill(0, ranked[:count], True)
+        if holds(kept):
+            return kept
+        count *= 2
+    return torch.ones_like(tau, dtype=torch.bool)
 
 
 def learn_edges(
