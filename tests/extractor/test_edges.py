@@ -10,7 +10,7 @@ from extractor.circuit import Circuit, edges_between, keep_nodes
 from extractor.compact import CompactStudent
 from extractor.edges import EdgeGates
 from extractor.masks import live_channels, mean_activations
-from extractor.refine import drop_spare, in_use
+from extractor.refine import drop_spare, in_use, open_enough
 from extractor.sites import Node
 from tests.extractor.test_compact import KINDS, some_nodes, student_of
 
@@ -126,6 +126,13 @@ def test_what_was_dropped_too_much_is_put_back_within_its_budget(tries: int) -> 
         assert len(asked) < 600  # by bisection of the whole order each time it would be 830
     else:
         assert kept.sum() > 100
+
+
+@pytest.mark.parametrize(("needed", "expected"), [(0, 2), (3, 4), (5, 8), (9, 10)])
+def test_what_does_not_hold_is_opened_in_the_order_learned(needed: int, expected: int) -> None:
+    tau = torch.linspace(0.15, -0.75, 10)  # two are open
+    kept = open_enough(tau, lambda parts: bool(parts[needed]))
+    assert torch.equal(kept, torch.arange(10) < expected)
 
 
 def test_nodes_that_lead_nowhere_go_with_what_led_to_them() -> None:
