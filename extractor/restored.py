@@ -39,7 +39,7 @@ class RestoredConfig(Config):
     max_loss: float = Field(0.2, gt=0)
     """Two-way loss in nats that no random set may exceed, on selection prompts, for a node to be spared."""
     sets: int = Field(1, ge=1)
-    """Random sets of every size on which that is tried: so many that failed before, and so many new ones."""
+    """Random sets of every size on which that is tried."""
     pairs: int = Field(8, ge=2)
     """Selection pairs on which that is tried."""
 
@@ -56,25 +56,18 @@ def restore_at_random(gates: Float[Tensor, "setting node"], pairs: int, seed: in
 
 
 class RestoredSets:
-    """Random sets of nodes, and what their work does to circuits.
-
-    Fixed ones measure. Whether a circuit holds is asked of those on which one failed last, and of new ones
-    each time: of a few fixed sets alone, a greedy pass soon finds what just these do not need.
-    """
+    """A few fixed random sets of nodes, and what their work does to circuits."""
 
     def __init__(
         self, student: Student, masks: NodeMasks, prompts: TaskBatch, config: RestoredConfig, seed: int = 0
     ):
         self.student, self.masks, self.config = student, masks, config
         self.prompts = Chunks(spread(prompts, config.pairs), student.config)
-        self._generator = torch.Generator().manual_seed(seed)
-        self.sets = self._draw()
-        self._hardest = list(self.sets)  # the one that failed last first
-
-    def _draw(self) -> Bool[Tensor, "set node"]:
-        everything = torch.ones_like(self.masks.part_of_node, dtype=torch.bool)
-        sizes = [max(1, round(share * len(everything))) for share in SHARES for _ in range(self.config.sets)]
-        return torch.stack([random_set(everything, size, self._generator) for size in sizes])
+        everything = torch.ones_like(masks.part_of_node, dtype=torch.bool)
+        generator = torch.Generator().manual_seed(seed)
+        sizes = [max(1, round(share * len(everything))) for share in SHARES for _ in range(config.sets)]
+        self.sets = torch.stack([random_set(everything, size, generator) for size in sizes])
+        self._failed = 0
 
     def limit(self, kept: Bool[Tensor, " node"], fold: Fold | None = None) -> float:
         """What a smaller circuit than this may reach: `max_loss`, or what this one itself does."""
@@ -86,20 +79,19 @@ class RestoredSets:
         Args:
             fold: makes the compact student of these channels; of the student as it is, unless given.
         """
-        return max(self._loss(kept, restored, fold) for restored in self.sets)
+        return max(self._loss(kept, number, fold) for number in range(len(self.sets)))
 
     def holds(self, kept: Bool[Tensor, " node"], limit: float, fold: Fold | None = None) -> bool:
-        """No set's loss is above the limit: of those that failed last, which come first, and of new ones."""
-        for restored in (*self._hardest, *self._draw()):
-            if self._loss(kept, restored, fold) > limit:
-                others = [own for own in self._hardest if own is not restored]
-                self._hardest = [restored, *others][: len(self.sets)]
+        """No set's loss is above the limit. The set that failed last is tried first."""
+        for number in sorted(range(len(self.sets)), key=lambda own: own != self._failed):
+            if self._loss(kept, number, fold) > limit:
+                self._failed = number
                 return False
         return True
 
     @torch.no_grad()
-    def _loss(self, kept: Bool[Tensor, " node"], restored: Bool[Tensor, " node"], fold: Fold | None) -> float:
-        live = self.masks.live(kept | restored)
+    def _loss(self, kept: Bool[Tensor, " node"], number: int, fold: Fold | None) -> float:
+        live = self.masks.live(kept | self.sets[number])
         model = CompactStudent(self.student, live, self.masks.means) if fold is None else fold(live)
         (found,) = self.prompts.differences(model)
         ((loss, _),) = calibrated_losses(found[None])

@@ -75,25 +75,6 @@ def test_what_restored_nodes_do_to_a_circuit_is_told_of_sets_that_the_search_has
     assert found != pytest.approx(RestoredEdges(seen, node_index(circuit.nodes, means), pairs).loss)
 
 
-def test_what_the_first_sets_miss_is_met_by_asking_again_and_remembered() -> None:
-    student = treacherous_student()
-    means = mean_activations(student, planted_task(64, 0).ids)
-    masks, kept = NodeMasks(means, [0]), node_index(PLANTED_NODES, means)
-    for seed in range(8):
-        few = RestoredSets(
-            student, masks, planted_task(32, 1), RESTORED.model_copy(update={"sets": 1}), seed=seed
-        )
-        if few.loss(kept) <= few.config.max_loss:  # these few restore what guards whenever they do harm
-            break
-    limit = few.limit(kept)
-    assert limit == few.config.max_loss
-    asked = [few.holds(kept, limit) for _ in range(16)]
-    assert not all(asked)
-    first = asked.index(False)
-    assert asked == [True] * first + [False] * (16 - first)
-    assert few.holds(kept | node_index([GUARD], means), limit)
-
-
 def test_where_nothing_touches_the_circuit_the_same_is_found() -> None:
     assert found_nodes(planted_student(), RESTORED) == PLANTED_NODES
 
